@@ -1,0 +1,343 @@
+"""What an update costs with ResidualDroppath, against timm's own at the same drop rate.
+
+    python benchmarks/speed.py --output benchmarks/results/speed_cpu
+
+Everything in a row is measured in one process, interleaved: each round has one of timm's updates,
+one cycle of ResidualDroppath and one update with skip_dropped, on the same batch. Beside each
+measured ratio stands the one that floating-point operations predict, counted over the very masks
+that were measured. Writes speed.csv, speed.md and speed.png.
+"""
+
+import argparse
+import csv
+import gc
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from timm_rdp import ResidualDropPath, skip_dropped
+
+ROWS = (
+    ("vit_small_patch16_224", 0.1),
+    ("vit_small_patch16_224", 0.4),
+    ("resnet50", 0.1),
+    ("convnext_tiny", 0.1),
+    ("swin_tiny_patch4_window7_224", 0.2),
+    ("efficientnet_b0", 0.2),
+    ("mixer_s16_224", 0.1),
+)
+COLUMNS = ("droppath", "complement", "next", "same", "skip_dropped")
+
+
+def main() -> None:
+    args = parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if args.peak_memory_of:
+        print(peak_memory(args, args.peak_memory_of))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
+    results = []
+    for name, rate in tqdm(rows, desc="models", disable=None):
+        results.append(measure(args, name, rate))
+        gc.collect()
+        write(args, results)
+    overhead = [measure_overhead(args, depth) for depth in (12, 24, 48)]
+    write(args, results, overhead)
+    print((args.output / "speed.md").read_text())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=20, help="cycles per row")
+    parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number from 0")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all variants")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory, in processes of its own"
+    )
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def create(name: str, rate: float) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, drop_path_rate=rate).train()
+
+
+def batch(args: argparse.Namespace, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(args.batch_size, *model.pretrained_cfg["input_size"], generator=generator)
+    targets = torch.randint(0, 1000, (args.batch_size,), generator=generator)
+    return images.to(args.device), targets.to(args.device)
+
+
+class Trainee:
+    """A model with its optimizer, and its update."""
+
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
+        self.args = args
+        self.model = model.to(args.device)
+        self.run = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def update(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        kind = torch.device(self.args.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.args.bf16):
+            loss = F.cross_entropy(self.run(images), targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def timed(args: argparse.Namespace, call) -> float:
+    synchronize = torch.cuda.synchronize if "cuda" in args.device else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
+    plain, method, skipping = (Trainee(args, create(name, rate)) for _ in range(3))
+    rdp = ResidualDropPath(method.run)
+    if not args.compile:
+        skip_dropped(skipping.model)
+    data = batch(args, plain.model)
+
+    plain.update(*data)  # warm up: allocator, kernels, compilation
+    skipping.update(*data)
+    rdp_start = rdp.state_dict()
+    for it in rdp.cycle():
+        with it:
+            method.update(*data)
+    rdp.load_state_dict(rdp_start)
+
+    times: dict[str, list[float]] = {"timm": [], "skip_dropped": [], "droppath": [], "cycle": []}
+    times["complement"] = []
+    for _ in tqdm(range(args.rounds), desc=f"{name} {rate}", leave=False, disable=None):
+        times["timm"].append(timed(args, lambda: plain.update(*data)))
+        whole = 0.0
+        for it in rdp.cycle():
+            with it:
+                spent = timed(args, lambda: method.update(*data))
+            times[it.phase].append(spent)
+            whole += spent
+        times["cycle"].append(whole)
+        times["skip_dropped"].append(timed(args, lambda: skipping.update(*data)))
+
+    predicted = predict(args, name, rate, rdp_start)
+    base = statistics.median(times["timm"])
+    iterations = len(times["droppath"]) + len(times["complement"])
+    result = {
+        "model": name,
+        "drop_path": rate,
+        "batch": args.batch_size,
+        "timm_seconds": base,
+        "timm_spread": spread(times["timm"], base),
+        "cycles_with_complement": len(times["complement"]) / args.rounds,
+        # A mean over cycles is what a batch costs; that of timm's update is its median, against
+        # which every time in the row is taken.
+        "next": sum(times["cycle"]) / iterations / base,
+        "same": sum(times["cycle"]) / args.rounds / base,
+    }
+    for kind in ("droppath", "complement", "skip_dropped"):
+        values = [t / base for t in times[kind]]
+        result[kind] = statistics.median(values) if values else float("nan")
+        result[f"{kind}_spread"] = spread(values, 1.0)
+    result.update({f"{kind}_predicted": value for kind, value in predicted.items()})
+    if args.memory:
+        for kind in ("timm", "droppath", "complement"):
+            result[f"{kind}_memory_mib"] = in_own_process(args, name, rate, kind)
+    return result
+
+
+def spread(values: list[float], unit: float) -> float:
+    """Half the distance between the quartiles, in `unit`."""
+    if len(values) < 2:
+        return float("nan")
+    first, _, third = statistics.quantiles(values, n=4)
+    return (third - first) / 2 / unit
+
+
+def predict(args: argparse.Namespace, name: str, rate: float, start: dict) -> dict[str, float]:
+    """Ratios of floating-point operations, over the masks that were measured."""
+    model = create(name, rate).to("meta")
+    data = tuple(t.to("meta") for t in batch(args, model))
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            F.cross_entropy(model(data[0]), data[1]).backward()
+        model.zero_grad()
+        return counter.get_total_flops()
+
+    base = flops()
+    rdp = ResidualDropPath(model)
+    rdp.load_state_dict(start)
+    counts: dict[str, list[int]] = {"droppath": [], "complement": []}
+    for _ in range(args.rounds):
+        for it in rdp.cycle():
+            with it:
+                counts[it.phase].append(flops())
+    total = sum(counts["droppath"]) + sum(counts["complement"])
+    iterations = len(counts["droppath"]) + len(counts["complement"])
+    return {
+        "droppath": statistics.median(counts["droppath"]) / base,
+        "complement": statistics.median(counts["complement"] or [float("nan")]) / base,
+        "next": total / iterations / base,
+        "same": total / args.rounds / base,
+    }
+
+
+def in_own_process(args: argparse.Namespace, name: str, rate: float, kind: str) -> float:
+    command = [sys.executable, __file__, "--peak-memory-of", kind, "--model", name]
+    command += ["--rate", str(rate), "--batch-size", str(args.batch_size), "--device", args.device]
+    command += ["--bf16"] * args.bf16
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(out.split()[-1])
+
+
+def peak_memory(args: argparse.Namespace, kind: str) -> float:
+    """Peak memory in MiB of an update of one kind, beyond the model, its optimizer and torch."""
+    trainee = Trainee(args, create(args.model, args.rate))
+    data = batch(args, trainee.model)
+    on_gpu = "cuda" in args.device
+    rdp = ResidualDropPath(trainee.model) if kind != "timm" else None
+    for parameter in trainee.model.parameters():
+        trainee.optimizer.state[parameter] = {
+            "step": torch.tensor(1.0),
+            "exp_avg": torch.ones_like(parameter),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+
+    def now() -> float:
+        if on_gpu:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = now()
+    while rdp is not None:
+        it = rdp.iteration()
+        if it.phase == kind:
+            with it:
+                trainee.update(*data)
+            break
+        with it:  # the complement needs no droppath update to have its set
+            pass
+    else:
+        trainee.update(*data)
+    return now() - before
+
+
+def measure_overhead(args: argparse.Namespace, depth: int) -> dict:
+    """Microseconds per update that are ours: entering and leaving an iteration, nothing inside."""
+    model = timm.create_model("test_vit", depth=depth, drop_path_rate=0.2)
+    rdp = ResidualDropPath(model)
+    values = []
+    for _ in range(200):
+        start = time.perf_counter()
+        with rdp.iteration():
+            pass
+        values.append((time.perf_counter() - start) * 1e6)
+    return {
+        "depth": depth,
+        "paths": len(rdp.paths),
+        "parameters": sum(1 for _ in model.parameters()),
+        "microseconds": statistics.median(values),
+    }
+
+
+def write(
+    args: argparse.Namespace, results: list[dict], overhead: list[dict] | None = None
+) -> None:
+    with open(args.output / "speed.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(results[0]))
+        writer.writeheader()
+        writer.writerows(results)
+    device = torch.cuda.get_device_name() if "cuda" in args.device else f"CPU, {platform.machine()}"
+    lines = [
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm "
+        f"{timm.__version__}, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}, "
+        f"{'compiled' if args.compile else 'eager'}, {args.rounds} cycles a row. "
+        "Ratios to timm's own update; in brackets what floating-point operations predict. "
+        "droppath, complement, skip_dropped: median; next: mean per update; same: per batch.",
+        "",
+        "| model, rate | timm, s | droppath | complement | next | same | skip_dropped |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results:
+        cells = [f"{row['model']} {row['drop_path']}", f"{row['timm_seconds']:.3f}"]
+        for kind in COLUMNS:
+            text = f"{row[kind]:.2f}"
+            if f"{kind}_spread" in row:
+                text += f" ± {row[f'{kind}_spread']:.2f}"
+            if f"{kind}_predicted" in row:
+                text += f" ({row[f'{kind}_predicted']:.2f})"
+            cells.append(text)
+        lines.append(f"| {' | '.join(cells)} |")
+    if args.memory:
+        lines += ["", "| peak memory of an update, MiB | timm | droppath | complement |"]
+        lines.append("| --- | --- | --- | --- |")
+        for row in results:
+            cells = [f"{row[f'{k}_memory_mib']:.0f}" for k in ("timm", "droppath", "complement")]
+            lines.append(f"| {row['model']} {row['drop_path']} | {' | '.join(cells)} |")
+    if overhead:
+        lines += ["", "| blocks | paths | parameters | ours per iteration, µs |"]
+        lines.append("| --- | --- | --- | --- |")
+        for row in overhead:
+            cells = (row["depth"], row["paths"], row["parameters"], f"{row['microseconds']:.0f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    (args.output / "speed.md").write_text("\n".join(lines) + "\n")
+    draw(args, results)
+
+
+def draw(args: argparse.Namespace, results: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(results)), layout="constrained")
+    kinds = ("droppath", "complement", "next", "same")
+    for k, (kind, shade) in enumerate(zip(kinds, ("0.15", "0.4", "0.6", "0.8"), strict=True)):
+        places = [i + (k - 1.5) * 0.2 for i in range(len(results))]
+        axes.barh(places, [r[kind] for r in results], height=0.18, color=shade, label=kind)
+        axes.plot(
+            [r[f"{kind}_predicted"] for r in results],
+            places,
+            "|",
+            color="#d55e00",
+            markersize=12,
+            markeredgewidth=2.5,
+            label="predicted from FLOPs" if k == 3 else None,
+        )
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(
+        range(len(results)), [f"{r['model']}\ndrop path {r['drop_path']}" for r in results]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("time relative to timm's own update")
+    axes.set_title("Cost of ResidualDroppath: one update of each kind against timm's")
+    axes.legend(loc="lower right")
+    figure.savefig(args.output / "speed.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

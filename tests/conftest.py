@@ -1,0 +1,76 @@
+"""What tests share: a handful of real images, and the check that bad input is refused well."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+TRAIN_PER_CLASS = 8
+VAL_PER_CLASS = 4
+
+torch.set_num_threads(1)  # the tests share the cores among processes, their models are tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_cache(tmp_path_factory) -> Path:
+    """The demo's images go to a folder of this test run, never to the home folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIMM_RDP_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory) -> Path:
+    """80 training and 40 validation images of scikit-learn's digits, as an image folder.
+
+    Read it, do not change it: all tests share it.
+    """
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, range(10))
+    return folder
+
+
+def write_digits(folder: Path, classes, train=TRAIN_PER_CLASS, val=VAL_PER_CLASS) -> None:
+    """Write `train` and `val` images of each class as folder/{train,validation}/CLASS/*.png."""
+    digits = load_digits()
+    for digit in classes:
+        for place, index in enumerate(np.flatnonzero(digits.target == digit)[: train + val]):
+            target = folder / ("train" if place < train else "validation") / str(digit)
+            target.mkdir(parents=True, exist_ok=True)
+            grey = (digits.images[index] * (255 / 16)).round().astype("uint8")
+            Image.fromarray(grey).save(target / f"{index:04d}.png")
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """Run the training command and return the one line with which it refuses its input.
+
+    Asserts on the way that the exit status is 2, that there is no second line and no traceback,
+    and that neither the working folder nor the output folder has been written to.
+    """
+
+    def run(*argv: object) -> str:
+        from timm_rdp.training.train import main
+
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        monkeypatch.chdir(work)
+        argv = [str(arg) for arg in argv]
+        if "--output" not in argv:
+            argv += ["--output", str(work / "out")]
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        capsys.readouterr()
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.endswith("\n") and len(err.splitlines()) == 1, err
+        assert "Traceback" not in err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return err
+
+    return run

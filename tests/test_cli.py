@@ -1,0 +1,59 @@
+"""The command: subcommands, exit status, and one line where something is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_rdp import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*argv, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_without_a_subcommand_the_subcommands_are_listed(capsys):
+    assert cli.main([]) == 0
+    listed = capsys.readouterr().out
+    assert "train" in listed
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == listed
+
+
+def test_only_subcommands_that_exist_are_listed(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "fly", ("timm_rdp.no_such_module", "not there"))
+    cli.main([])
+    assert "fly" not in capsys.readouterr().out
+    assert cli.main(["fly"]) == 2
+
+
+def test_an_unknown_subcommand_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert "'trian'" in err and "train?" in err
+
+
+def test_help_shows_every_group_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["train", "--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    assert "--rdp-start-epoch" in text and "--kd-temperature" in text
+
+
+@pytest.mark.parametrize(
+    "command", [[ROOT / "train_rdp.py"], ["-m", "timm_rdp.cli", "train"]], ids=["script", "command"]
+)
+def test_bad_input_of_a_real_process_is_one_line_and_status_2(tmp_path, command):
+    done = run(*command, "--model", "resnet5o", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "resnet5o" in done.stderr and "resnet50" in done.stderr
+    assert list(tmp_path.iterdir()) == []

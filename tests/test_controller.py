@@ -1,0 +1,575 @@
+"""ResidualDropPath: the sequence of iterations, its state, and what it refuses."""
+
+import gc
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from core_helpers import batch, loss_of, parameters_of, same_bits, small_model
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+
+from timm_rdp import ResidualDropPath
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
+
+
+def update(model, optimizer, start=0, name="test_vit"):
+    loss_of(model, *batch(name, start=start)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def described(it):
+    return it.phase, it.cycle, it.dropped, it.trainable
+
+
+def sequence(rdp, count):
+    """The next iterations as `next` batches meet them."""
+    seen = []
+    for _ in range(count):
+        with rdp.iteration() as it:
+            seen.append(described(it))
+    return seen
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return True
+
+
+# The sequence.
+
+
+def test_a_cycle_is_a_droppath_and_a_complement_iteration_of_the_same_paths():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model, seed=4)
+    everything = {n for n, _ in model.named_parameters()}
+    for cycle in range(4):
+        its = []
+        for it in rdp.cycle():
+            with it as entered:
+                assert entered is it
+            its.append(it)
+        droppath, complement = its
+        assert (droppath.phase, complement.phase) == ("droppath", "complement")
+        assert droppath.cycle == complement.cycle == cycle
+        assert droppath.dropped == complement.dropped != frozenset()
+        assert droppath.trainable == everything - rdp.dropped_part(droppath.dropped)
+        assert complement.trainable == rdp.dropped_part(droppath.dropped)
+        assert isinstance(droppath.dropped, frozenset)
+        assert isinstance(droppath.trainable, frozenset)
+
+
+def test_a_cycle_that_drops_nothing_ends_without_a_complement_iteration():
+    rdp = ResidualDropPath(small_model("test_resnet"), seed=4)  # cycle 0 drops nothing
+    first, second = ([described(it) for it in entered(rdp.cycle())] for _ in range(2))
+    assert [d[:3] for d in first] == [("droppath", 0, frozenset())]
+    assert [d[0] for d in second] == ["droppath", "complement"]
+    assert second[0][1] == 1
+
+
+def test_a_droppath_iteration_with_nothing_to_train_is_passed_over():
+    # Where the path is dropped that carries all that the user trains, it waits for the complement.
+    model = small_model("test_vit").requires_grad_(False)
+    model.blocks[5].attn.requires_grad_(True)
+    rdp = ResidualDropPath(model, seed=4)
+    optimizer = adamw(model)
+    phases = []
+    for _ in range(6):
+        for it in rdp.cycle():
+            assert it.trainable
+            with it:
+                update(model, optimizer)
+            phases.append((it.phase, "blocks.5.drop_path1" in it.dropped))
+    assert set(phases) == {("droppath", False), ("complement", True)}
+
+
+def test_a_model_that_is_frozen_altogether_is_told():
+    rdp = ResidualDropPath(small_model("test_vit").requires_grad_(False))
+    with pytest.raises(RuntimeError, match="requires a gradient") as error:
+        rdp.iteration()
+    assert one_line(error, "unfreeze some")
+
+
+def entered(iterations):
+    for it in iterations:
+        with it:
+            pass
+        yield it
+
+
+def test_iteration_gives_the_sequence_that_cycle_gives():
+    by_iteration = ResidualDropPath(small_model("test_resnet"), seed=4)
+    by_cycle = ResidualDropPath(small_model("test_resnet"), seed=4)
+    expected = [described(it) for _ in range(8) for it in entered(by_cycle.cycle())]
+    assert sequence(by_iteration, len(expected)) == expected
+
+
+def test_the_same_iteration_comes_until_it_has_been_completed():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    assert described(rdp.iteration()) == described(rdp.iteration())
+    assert rdp.masks == {}
+    with rdp.iteration():
+        pass
+    assert described(rdp.iteration()) == described(rdp.iteration())
+    assert rdp.iteration().phase == "complement"
+
+
+def test_cycle_gives_what_is_left_of_a_cycle():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    sequence(rdp, 1)
+    assert [(it.phase, it.cycle) for it in entered(rdp.cycle())] == [("complement", 0)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_complement_iteration_follows_every_nth_droppath_iteration(every):
+    rdp = ResidualDropPath(small_model("test_vit"), seed=4, every=every)
+    masks = [rdp.iteration().dropped]
+    phases = []
+    for _ in range(6):
+        phases.append([it.phase for it in entered(rdp.cycle())])
+        masks.append(rdp.iteration().dropped)
+    usual, last = ["droppath"], ["droppath", "complement"]
+    assert phases == ([usual] * (every - 1) + [last]) * (6 // every)
+    # Which paths a cycle drops does not depend on it.
+    other = ResidualDropPath(small_model("test_vit"), seed=4)
+    for dropped in masks:
+        assert other.iteration().dropped == dropped
+        list(entered(other.cycle()))
+
+
+def test_masks_are_those_of_the_current_cycle():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    assert rdp.masks == {}
+    for _ in range(3):
+        for it in rdp.cycle():
+            with it:
+                expected = {p.name: p.name not in it.dropped for p in rdp.paths}
+                assert rdp.masks == expected
+            assert rdp.masks == expected
+    assert list(rdp.masks) == [p.name for p in rdp.paths]
+
+
+def test_a_changed_drop_prob_holds_from_the_next_cycle_on():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    assert rdp.iteration().dropped == frozenset()
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 1.0  # kept ones would be divided by zero, but there are none
+    with rdp.iteration() as it:
+        assert it.dropped == {p.name for p in rdp.paths}
+        loss_of(model, *batch("test_vit")).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_no_global_random_state_moves():
+    model = small_model("test_vit")
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    rdp = ResidualDropPath(model)
+    for _ in range(5):
+        for it in entered(rdp.cycle()):
+            assert it.trainable
+    loss_of(model.eval(), *batch("test_vit")).backward()
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_iterations_do_not_nest():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    with rdp.iteration() as outer:
+        with pytest.raises(RuntimeError, match="do not nest") as error, rdp.iteration():
+            pytest.fail("entered a second iteration")
+        assert one_line(error, "droppath iteration of cycle 0")
+        flags = {n for n, p in rdp.model.named_parameters() if p.requires_grad}
+        assert flags == outer.trainable  # the outer one still holds
+    assert rdp.iteration().phase == "complement"
+
+
+def test_an_iteration_that_is_over_is_refused():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    stale = rdp.iteration()
+    list(entered(rdp.cycle()))
+    with pytest.raises(RuntimeError, match="is over") as error, stale:
+        pytest.fail("entered it again")
+    assert one_line(error, "droppath iteration of cycle 0", "iteration() or cycle()")
+    assert all(p.requires_grad for p in rdp.model.parameters())
+    assert rdp.iteration().cycle == 1
+
+
+def test_a_loop_that_does_not_enter_its_iterations_is_told():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    with pytest.raises(RuntimeError, match="was not entered") as error:
+        for _ in rdp.cycle():
+            pass
+    assert one_line(error, "with it:")
+
+
+class CalledByWidth(torch.nn.Module):
+    """Calls its DropPath once per column of its input, three at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_path = DropPath(0.5)
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(3))
+
+    def forward(self, x):
+        total = x[:, :1]
+        for i, linear in enumerate(self.linears[: x.shape[1]]):
+            total = total + self.drop_path(linear(x[:, i : i + 1]))
+        return total
+
+
+def test_a_forward_unlike_the_traced_one_is_named_and_leaves_nothing_behind():
+    model = CalledByWidth()
+    rdp = ResidualDropPath(model, example_input=torch.ones(2, 3))
+    assert [p.name for p in rdp.paths] == ["drop_path#0", "drop_path#1", "drop_path#2"]
+    with pytest.raises(RuntimeError, match="not called 3 times") as error, rdp.iteration():
+        model(torch.ones(2, 2)).sum().backward()
+    assert one_line(error, "drop_path", "example_input")
+    assert all(p.requires_grad for p in model.parameters())
+    assert rdp.iteration().cycle == 0
+    with rdp.iteration():
+        model(torch.ones(2, 3)).sum().backward()
+    assert rdp.iteration().phase == "complement"
+
+
+# State.
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4])
+def test_a_loaded_state_continues_the_sequence_where_it_stood(done):
+    rdp = ResidualDropPath(small_model("test_vit"), seed=7, every=2)
+    sequence(rdp, done)
+    state = saved_and_loaded(rdp.state_dict())
+    other = ResidualDropPath(small_model("test_vit"), seed=1)
+    sequence(other, 2)
+    other.load_state_dict(state)
+    assert other.masks == rdp.masks
+    assert other.state_dict() == rdp.state_dict() == json.loads(json.dumps(state))
+    assert (other.seed, other.every) == (7, 2)
+    assert sequence(other, 8) == sequence(rdp, 8)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_training_goes_on_bitwise_from_a_checkpoint_within_a_cycle(stop):
+    def make():
+        model = small_model("test_vit")
+        return model, adamw(model), ResidualDropPath(model, seed=4)
+
+    def train(model, optimizer, rdp, updates):
+        for i in updates:
+            with rdp.iteration():
+                update(model, optimizer, start=4 * i)
+
+    straight = make()
+    train(*straight, range(6))
+
+    first = make()
+    train(*first, range(stop))
+    checkpoint = saved_and_loaded([part.state_dict() for part in first])
+    assert checkpoint[2]["phase"] == ["droppath", "complement"][stop % 2]
+    second = make()
+    for part, state in zip(second, checkpoint, strict=True):
+        part.load_state_dict(state)
+    train(*second, range(stop, 6))
+    assert same_bits(parameters_of(second[0]), parameters_of(straight[0]))
+
+
+def test_the_state_is_a_copy():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    sequence(rdp, 1)
+    state = rdp.state_dict()
+    before = json.dumps(state)
+    other = ResidualDropPath(small_model("test_vit"))
+    other.load_state_dict(state)
+    sequence(rdp, 3)
+    sequence(other, 3)
+    assert json.dumps(state) == before
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    rdp = ResidualDropPath(small_model("test_vit"))
+    before = rdp.state_dict()
+    with pytest.raises(ValueError, match="not the state of a ResidualDropPath") as error:
+        rdp.load_state_dict({"seed": 1, "cycle": 3})
+    assert one_line(error, "'dropped'")
+    other = ResidualDropPath(small_model("test_vit", depth=4)).state_dict()
+    with pytest.raises(ValueError, match="6 residual paths, this one has 10") as error:
+        rdp.load_state_dict(other)
+    assert one_line(error, "blocks.4.drop_path1", "create the model as it was then")
+    assert rdp.state_dict() == before
+    with rdp.iteration(), pytest.raises(RuntimeError, match="within an iteration"):
+        rdp.load_state_dict(before)
+
+
+# attach().
+
+
+def user_loop(model, optimizer, updates, before_update=lambda i: None, name="test_vit"):
+    for i in range(updates):
+        before_update(i)
+        update(model, optimizer, start=4 * i, name=name)
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "lookahead_adamw", "lamb"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "cait_xxs24_224"])
+def test_an_attached_loop_equals_the_one_with_iterations_written_out(name, optimizer_name):
+    make = lambda model: create_optimizer_v2(model, opt=optimizer_name, lr=0.01, weight_decay=0.05)
+    written, attached = small_model(name), small_model(name)
+    rdp, optimizer = ResidualDropPath(written, seed=1), make(written)
+    for i in range(9):
+        with rdp.iteration():
+            update(written, optimizer, start=4 * i, name=name)
+
+    optimizer = make(attached)
+    other = ResidualDropPath(attached, seed=1)
+    assert other.attach(optimizer) is other
+    user_loop(attached, optimizer, 9, name=name)
+    assert same_bits(dict(attached.state_dict()), dict(written.state_dict()))
+    assert other.state_dict() == rdp.state_dict()
+    assert all(p.requires_grad for p in attached.parameters())
+
+    untouched = small_model(name)
+    user_loop(untouched, make(untouched), 9, name=name)
+    assert not same_bits(dict(untouched.state_dict()), dict(written.state_dict()))
+
+
+def test_attached_forwards_without_training_are_no_iterations():
+    model = small_model("test_vit")
+    optimizer = adamw(model)
+    rdp = ResidualDropPath(model).attach(optimizer)
+    images, labels = batch("test_vit")
+
+    def evaluate(_):
+        model.eval()
+        with torch.no_grad():
+            model(images)
+        loss_of(model, images, labels).backward()  # saliency, say
+        optimizer.zero_grad()
+        model.train()
+        with torch.no_grad():
+            model(images)  # BatchNorm statistics, say
+        assert rdp.state_dict() == expected[0]
+        assert all(p.requires_grad for p in model.parameters())
+
+    expected = [rdp.state_dict()]
+    evaluate(0)
+    update(model, optimizer)
+    expected[0] = rdp.state_dict()
+    assert expected[0]["phase"] == "complement"
+    evaluate(1)
+    update(model, optimizer)
+    assert rdp.iteration().cycle == 1
+
+
+def test_attached_micro_batches_are_one_iteration():
+    written, attached = small_model("test_vit"), small_model("test_vit")
+    optimizers = adamw(written), adamw(attached)
+    rdp = ResidualDropPath(written)
+    ResidualDropPath(attached).attach(optimizers[1])
+
+    def accumulate(model):
+        for start in (0, 4, 8):
+            (loss_of(model, *batch("test_vit", start=start)) / 3).backward()
+
+    for _ in range(4):
+        with rdp.iteration():
+            accumulate(written)
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+        accumulate(attached)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    assert same_bits(parameters_of(attached), parameters_of(written))
+
+
+def test_an_overflow_that_skips_the_attached_step_repeats_the_same_iteration():
+    model = small_model("test_vit")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rdp = ResidualDropPath(model, seed=4).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    seen = []
+    for overflow in (False, True, True, False, False, True, False):
+        before, at = parameters_of(model), rdp.iteration()
+        loss = loss_of(model, *batch("test_vit"))
+        scaler.scale(loss * float("inf") if overflow else loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = not same_bits(before, parameters_of(model))
+        assert moved is not overflow
+        seen.append((at.phase, at.cycle))
+    assert seen == [
+        ("droppath", 0),
+        ("complement", 0),
+        ("complement", 0),
+        ("complement", 0),
+        ("droppath", 1),
+        ("complement", 1),
+        ("complement", 1),
+    ]
+
+
+def test_attach_refuses_what_it_cannot_follow():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    with pytest.raises(
+        ValueError, match="holds no parameter of the patched VisionTransformer"
+    ) as e:
+        rdp.attach(adamw(small_model("test_resnet")))
+    assert one_line(e, "AdamW", "pass the optimizer that trains it")
+    rdp.attach(adamw(model))
+    with pytest.raises(ValueError, match="already attached") as error:
+        rdp.attach(adamw(model))
+    assert one_line(error, "detach()")
+
+
+# detach().
+
+
+def test_a_detached_controller_says_so():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    assert rdp.detach() is model
+    for use in (rdp.iteration, lambda: next(rdp.cycle()), lambda: rdp.attach(adamw(model))):
+        with pytest.raises(RuntimeError, match="was detached") as error:
+            use()
+        assert one_line(error, "make a new one")
+    assert rdp.detach() is model
+    ResidualDropPath(model)
+
+
+def test_detach_within_an_iteration_is_refused():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    with rdp.iteration(), pytest.raises(RuntimeError, match="within an iteration") as error:
+        rdp.detach()
+    assert one_line(error, "leave its `with` block first")
+    rdp.detach()
+
+
+def test_a_detached_attached_loop_is_the_users_own_again():
+    model, plain = small_model("test_vit"), small_model("test_vit")
+    optimizer, other = adamw(model), adamw(plain)
+    rdp = ResidualDropPath(model).attach(optimizer)
+    update(model, optimizer)
+    state = rdp.state_dict()
+    rdp.detach()
+    plain.load_state_dict(model.state_dict())
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    for trained, by in ((model, optimizer), (plain, other)):
+        torch.manual_seed(0)
+        update(trained, by)
+    assert same_bits(parameters_of(model), parameters_of(plain))
+    assert rdp.state_dict() == state
+
+
+# What the constructor refuses.
+
+
+class OwnDropPath(DropPath):
+    pass
+
+
+def with_own_drop_path():
+    model = small_model("test_vit")
+    model.blocks[2].drop_path1 = OwnDropPath(0.1)
+    return model
+
+
+def with_all_rates_zero():
+    model = small_model("test_vit")
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def scripted():
+    return torch.jit.trace(small_model("test_resnet").eval(), batch("test_resnet")[0])
+
+
+REFUSED = {
+    "no DropPath": (lambda: timm.create_model("vgg11", num_classes=2), "VGG", "drop_path_rate=0.1"),
+    "created without a rate": (
+        lambda: timm.create_model("test_vit"),
+        "VisionTransformer",
+        "drop_path_rate=0.1",
+    ),
+    "takes a rate but never calls a DropPath": (
+        lambda: timm.create_model("lcnet_050", drop_path_rate=0.1, num_classes=2),
+        "MobileNetV3",
+        "model that has stochastic depth",
+    ),
+    "no DropPath around a residual": (
+        lambda: timm.create_model("ese_vovnet19b_slim_dw", drop_path_rate=0.1, num_classes=2),
+        "VovNet",
+        "3 DropPaths",
+        "use another one",
+    ),
+    "all rates zero": (with_all_rates_zero, "VisionTransformer", "10 paths", "drop_path_rate=0.1"),
+    "wrapped in DataParallel": (
+        lambda: torch.nn.DataParallel(small_model("test_vit")),
+        "DataParallel",
+        "model.module",
+    ),
+    "TorchScript": (scripted, "ScriptModule", "pass the original"),
+    "a DropPath of its own": (
+        with_own_drop_path,
+        "blocks.2.drop_path1 is a OwnDropPath",
+        "timm.layers.DropPath",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_model_that_cannot_be_trained_so_is_refused_in_one_line(what):
+    make, *parts = REFUSED[what]
+    model = make()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError) as error:
+        ResidualDropPath(model)
+    assert one_line(error, *parts)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_model_is_patched_by_one_controller_at_a_time():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    with pytest.raises(ValueError, match="patched by another ResidualDropPath") as error:
+        ResidualDropPath(model)
+    assert one_line(error, "detach() that first")
+    assert sequence(rdp, 2)  # the first one works as before
+    del rdp
+    gc.collect()
+    assert sequence(ResidualDropPath(model), 2)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_below_one_is_refused(every):
+    with pytest.raises(ValueError, match=rf"^every={every} must be 1 or more$"):
+        ResidualDropPath(small_model("test_vit"), every=every)

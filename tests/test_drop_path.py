@@ -1,0 +1,348 @@
+"""The patched DropPath: outside iterations it is timm's, within them it obeys; its masks show."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from core_helpers import SMALL, batch, buffers_of, loss_of, same_bits, small_model
+from timm.layers import DropPath
+
+from timm_rdp import ResidualDropPath
+
+MODELS = sorted(SMALL)
+
+
+def run(model, name, train=True):
+    """Everything that a forward and backward from the same random state leave behind."""
+    images, labels = batch(name)
+    model.train(train)
+    model.zero_grad()
+    torch.manual_seed(11)
+    output = model(images)
+    torch.nn.functional.cross_entropy(output, labels).backward()
+    return {
+        "output": output.detach(),
+        "gradients": [p.grad for p in model.parameters()],
+        "buffers": buffers_of(model),
+        "random state": torch.get_rng_state(),
+    }
+
+
+def step_through(rdp, name, cycles=1):
+    for _ in range(cycles):
+        for it in rdp.cycle():
+            with it:
+                loss_of(rdp.model, *batch(name)).backward()
+
+
+def drop_paths(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outside_iterations_the_patched_model_is_the_unpatched_one(name, train):
+    plain, patched = small_model(name), small_model(name)
+    ResidualDropPath(patched)
+    assert same_bits(run(plain, name, train), run(patched, name, train))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "cait_xxs24_224"])
+def test_between_iterations_and_after_an_exception_the_model_is_the_unpatched_one(name):
+    patched = small_model(name)
+    rdp = ResidualDropPath(patched)
+    step_through(rdp, name, cycles=2)
+    plain = small_model(name)
+    plain.load_state_dict(patched.state_dict())
+    expected = run(plain, name)
+    assert same_bits(run(patched, name), expected)
+
+    with pytest.raises(KeyboardInterrupt), rdp.iteration():
+        raise KeyboardInterrupt
+    patched.load_state_dict(plain.state_dict())  # the run above moved BatchNorm statistics
+    expected = run(plain, name)
+    assert same_bits(run(patched, name), expected)
+
+
+def test_without_scale_by_keep_the_patched_model_is_the_unpatched_one():
+    plain, patched = small_model("test_vit"), small_model("test_vit")
+    for module in [*drop_paths(plain).values(), *drop_paths(patched).values()]:
+        module.scale_by_keep = False
+    ResidualDropPath(patched)
+    assert same_bits(run(plain, "test_vit"), run(patched, "test_vit"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_detach_gives_back_the_unpatched_model_and_leaves_nothing_behind(name):
+    plain, patched = small_model(name), small_model(name)
+    rdp = ResidualDropPath(patched)
+    assert {type(m) for m in drop_paths(patched).values()} != {DropPath}
+    optimizer = torch.optim.SGD(patched.parameters(), lr=0.0)
+    rdp.attach(optimizer)
+    loss_of(patched, *batch(name)).backward()
+    optimizer.step()
+    patched.load_state_dict(plain.state_dict())
+
+    assert rdp.detach() is patched
+    for ours, timms in zip(patched.modules(), plain.modules(), strict=True):
+        assert type(ours) is type(timms)
+        assert ours.__dict__.keys() == timms.__dict__.keys()
+        hooks = [key for key in vars(ours) if "hooks" in key]
+        assert hooks
+        assert not any(getattr(ours, key) for key in hooks if isinstance(vars(ours)[key], dict))
+    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert same_bits(run(plain, name), run(patched, name))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_detach_within_an_attached_iteration_restores_the_model(name):
+    plain, patched = small_model(name), small_model(name)
+    rdp = ResidualDropPath(patched).attach(torch.optim.SGD(patched.parameters(), lr=0.0))
+    loss_of(patched, *batch(name))  # an iteration that no optimizer step has ended
+    rdp.detach()
+    assert all(p.requires_grad for p in patched.parameters())
+    assert all(m.training for m in patched.modules())
+    patched.load_state_dict(plain.state_dict())
+    assert same_bits(run(plain, name), run(patched, name))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "cait_xxs24_224"])
+def test_checkpoints_load_strictly_into_plain_timm_and_back(name):
+    plain, patched = small_model(name), small_model(name)
+    keys = list(patched.state_dict())
+    rdp = ResidualDropPath(patched)
+    step_through(rdp, name)
+    with rdp.iteration():
+        assert list(patched.state_dict()) == keys
+    assert list(patched.state_dict()) == keys
+    file = io.BytesIO()
+    torch.save(patched.state_dict(), file)
+    file.seek(0)
+    plain.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert same_bits(dict(plain.state_dict()), dict(patched.state_dict()))
+
+    for parameter in plain.parameters():
+        parameter.data.add_(1.0)
+    patched.load_state_dict(plain.state_dict(), strict=True)
+    assert same_bits(dict(plain.state_dict()), dict(patched.state_dict()))
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "cait_xxs24_224"])
+def test_a_copy_of_a_patched_model_stands_on_its_own(name, copied):
+    plain, model = small_model(name), small_model(name)
+    rdp = ResidualDropPath(model)
+    before = copied(model)
+    with rdp.iteration() as it:
+        assert it.dropped
+        within = copied(model)
+        # The decisions of this iteration are the original's alone.
+        for clone in (before, within):
+            clone.requires_grad_(True)  # as the copy took it over, see rule 4
+            assert same_bits(run(clone, name)["output"], run(copy.deepcopy(plain), name)["output"])
+            assert all(m.masks[0].shape == (4,) for m in drop_paths(clone).values())
+    rdp.detach()
+
+    # A copy can be trained with a controller of its own.
+    other = ResidualDropPath(before)
+    step_through(other, name)
+    assert other.masks
+    other.detach()
+    assert {type(m) for m in drop_paths(before).values()} == {DropPath}
+
+
+def test_a_copy_of_an_attached_model_does_not_drive_the_original():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model).attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    for clone in (copy.deepcopy(model), pickled(model)):
+        loss_of(clone, *batch("test_vit")).backward()
+        assert rdp.masks == {}
+        assert all(p.grad is not None for p in clone.parameters())
+
+
+def test_a_patched_module_is_still_a_drop_path_with_its_settings():
+    model = small_model("test_vit")
+    before = {
+        n: (m.drop_prob, m.scale_by_keep, m.extra_repr()) for n, m in drop_paths(model).items()
+    }
+    ResidualDropPath(model)
+    after = {
+        n: (m.drop_prob, m.scale_by_keep, m.extra_repr()) for n, m in drop_paths(model).items()
+    }
+    assert before == after
+
+
+# The masks.
+
+
+def record_calls(model):
+    """Input and output of every DropPath call of the forwards to come, by module name."""
+    calls = {name: [] for name in drop_paths(model)}
+    for name, module in drop_paths(model).items():
+        # Cloned, because some blocks add the shortcut to the output in place.
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: calls[name].append(
+                (inputs[0].clone(), output.clone())
+            )
+        )
+    return calls
+
+
+def scaled(module, x):
+    return x / (1 - module.drop_prob) if module.scale_by_keep else x
+
+
+def with_scale_by_keep(model, scale_by_keep):
+    for module in drop_paths(model).values():
+        module.scale_by_keep = scale_by_keep
+    return model
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_show_what_was_sampled_per_sample_outside_iterations(name, scale_by_keep):
+    model = with_scale_by_keep(small_model(name), scale_by_keep)
+    ResidualDropPath(model)
+    calls = record_calls(model)
+    kinds = set()
+    for _ in range(2):
+        for seen in calls.values():
+            seen.clear()
+        model(batch(name)[0])
+        for key, module in drop_paths(model).items():
+            assert len(module.masks) == len(calls[key])
+            for mask, (x, y) in zip(module.masks, calls[key], strict=True):
+                assert mask.dtype == torch.bool
+                assert mask.shape == x.shape[:1]
+                assert not y[~mask].any()
+                assert torch.allclose(y[mask], scaled(module, x[mask]), rtol=1e-6, atol=0)
+                kinds.update(mask.tolist())
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_is_exactly_zero_and_kept_is_scaled_only_with_scale_by_keep(name, scale_by_keep):
+    plain = small_model(name)
+    full_size = record_calls(plain)
+    plain(batch(name)[0])
+    model = with_scale_by_keep(small_model(name), scale_by_keep)
+    rdp = ResidualDropPath(model)
+    path_of = {(p.module, p.call): p.name for p in rdp.paths}
+    calls = record_calls(model)
+    kinds = set()
+    for _ in range(2):
+        for it in rdp.cycle():
+            with it:
+                for seen in calls.values():
+                    seen.clear()
+                loss_of(model, *batch(name)).backward()
+            for key, module in drop_paths(model).items():
+                for call, (x, y) in enumerate(calls[key]):
+                    assert y.shape == full_size[key][call][1].shape
+                    assert y.dtype == torch.float32
+                    path = path_of.get((module, call))
+                    if path is None:  # not around a residual: timm's own behaviour
+                        kept = module.masks[call]
+                        assert not y[~kept].any()
+                        assert torch.allclose(y[kept], scaled(module, x[kept]), rtol=1e-6, atol=0)
+                        continue
+                    dropped = it.phase == "droppath" and path in it.dropped
+                    if dropped:
+                        assert not y.any()
+                    elif it.phase == "droppath":
+                        assert torch.allclose(y, scaled(module, x), rtol=1e-6, atol=0)
+                    else:
+                        assert torch.equal(y, x)
+                    kinds.add((it.phase, dropped))
+    assert kinds == {("droppath", True), ("droppath", False), ("complement", False)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_show_the_decision_for_the_whole_batch_within_iterations(name):
+    model = small_model(name)
+    rdp = ResidualDropPath(model)
+    left_to_timm = {p.module for p in rdp.non_residual}
+    called = {(p.module, p.call) for p in rdp.paths}
+    for _ in range(2):
+        for it in rdp.cycle():
+            with it:
+                loss_of(model, *batch(name)).backward()
+            assert rdp.masks == {p.name: p.name not in it.dropped for p in rdp.paths}
+            for path in rdp.paths:
+                mask = path.module.masks[path.call]
+                assert mask.shape == ()
+                assert mask.dtype == torch.bool
+                assert bool(mask) is (it.phase == "complement" or rdp.masks[path.name])
+            for module in drop_paths(model).values():
+                if module in left_to_timm:
+                    assert [mask.ndim for mask in module.masks] == [1]
+                else:
+                    assert len(module.masks) == sum(m is module for m, _ in called)
+
+
+def test_masks_of_every_mode_are_those_of_the_last_training_forward():
+    model = small_model("cait_xxs24_224")
+    rdp = ResidualDropPath(model)
+    modules = list(drop_paths(model).values())
+    images, _ = batch("cait_xxs24_224")
+    assert [m.masks for m in modules] == [()] * len(modules)
+
+    model.eval()(images)  # no training forward
+    assert [m.masks for m in modules] == [()] * len(modules)
+
+    with torch.no_grad():
+        model.train()(images)
+    assert all([mask.shape for mask in m.masks] == [(4,), (4,)] for m in modules)
+
+    with rdp.iteration():
+        model(images[:3])
+        model(images[:2])  # the second micro-batch of an accumulation
+    assert all([mask.shape for mask in m.masks] == [(), ()] for m in modules)
+    seen = [m.masks for m in modules]
+
+    model.eval()(images)
+    assert same_bits(seen, [m.masks for m in modules])
+
+    model.train()(images[:2])
+    assert all([mask.shape for mask in m.masks] == [(2,), (2,)] for m in modules)
+
+
+def test_a_drop_path_of_rate_zero_keeps_every_sample():
+    model = small_model("test_vit")
+    ResidualDropPath(model)
+    module = model.blocks[3].drop_path1
+    module.drop_prob = 0.0
+    model(batch("test_vit")[0])
+    assert module.masks[0].tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_decision_keeps_the_dtype_and_the_memory_format(dtype):
+    model = small_model("test_resnet")
+    rdp = ResidualDropPath(model)
+    path = rdp.paths[0]
+    x = torch.randn(2, 3, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+    seen = set()
+    for _ in range(20):
+        for it in rdp.cycle():
+            with it:
+                y = path.module(x)
+            assert y.dtype == dtype
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            seen.add((it.phase, path.name in it.dropped))
+    assert {("droppath", True), ("droppath", False)} < seen

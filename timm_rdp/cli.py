@@ -1,0 +1,37 @@
+"""The command `timm-rdp`: one subcommand per tool, each imported only when it runs."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+from importlib.util import find_spec
+
+COMMANDS = {
+    "train": ("timm_rdp.training.train", "train a model, with or without ResidualDroppath"),
+    "launch": ("timm_rdp.launch", "run your own training script with ResidualDroppath"),
+    "paths": ("timm_rdp.path_table", "list a model's residual paths"),
+    "spiral": ("timm_rdp.study.spiral", "the paper's toy study"),
+    "features": ("timm_rdp.study.features", "feature similarity of models and checkpoints"),
+    "compare": ("timm_rdp.study.compare", "compare variants over seeds"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `timm-rdp SUBCOMMAND ARGS...` and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {name: entry for name, entry in COMMANDS.items() if find_spec(entry[0])}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: timm-rdp SUBCOMMAND ... (timm-rdp SUBCOMMAND --help says more)\n")
+        for name, (_, help_text) in commands.items():
+            print(f"  {name:<10} {help_text}")
+        return 0
+    if argv[0] not in commands:
+        close = get_close_matches(argv[0], commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}"
+        print(f"timm-rdp: unknown subcommand {argv[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    module, _ = commands[argv[0]]
+    return importlib.import_module(module).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Which paths need not be run when they are dropped, and how they are not run.
+
+A dropped path contributes zeros whatever it computes, so the modules at its entrance can be handed
+one sample instead of the batch: everything behind them costs next to nothing, and the DropPath
+returns full-size zeros. Whether a path takes that is found by trying it, not from a table of
+architectures.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+# Trial forwards for one model, at the most: a model whose paths fail one by one is left alone.
+_MAX_TRIALS = 32
+
+
+class OneSample:
+    """Forward pre-hook of a module at the entrance of a dropped path: passes on the first sample.
+
+    Args:
+        drop_path: the path's DropPath, which finds in `_batch` the zeros that it is to return.
+        call: which call of it the path is.
+        run: pass on the whole batch nevertheless.
+    """
+
+    def __init__(self, drop_path: DropPath | None = None, call: int = 0, run: bool = False):
+        self._drop_path = drop_path
+        self._call = call
+        self._run = run
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self._drop_path is None or not self._drop_path.training or not args:
+            return None
+        x = args[0]
+        # The zeros join the shortcut, so they are laid out like what enters the path.
+        last = x.ndim == 4 and not x.is_contiguous() and is_channels_last(x)
+        self._drop_path._batch[self._call] = (
+            len(x),
+            torch.channels_last if last else torch.contiguous_format,
+        )
+        return None if self._run else (x[:1].detach(), *args[1:])
+
+    def __reduce__(self) -> tuple:
+        return (OneSample, ())  # does nothing in a copy of the model
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the (B, C, H, W) tensor has its channels innermost in memory."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def zeros_for_batch(x: Tensor, batch: int, memory_format: torch.memory_format) -> Tensor:
+    """Zeros of shape (batch, ...) for a path's output x of shape (N, ...)."""
+    memory_format = memory_format if x.ndim == 4 else torch.contiguous_format
+    zeros = torch.empty(
+        (batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format
+    )
+    return zeros.zero_()
+
+
+class Rest:
+    """Forward pre-hook that keeps a module in eval mode: BatchNorm then keeps its statistics."""
+
+    def __init__(self, active: bool = True):
+        self._active = active
+
+    def __call__(self, module: nn.Module, _: tuple) -> None:
+        if self._active:
+            module.training = False
+
+    def __reduce__(self) -> tuple:
+        return (Rest, (False,))  # does nothing in a copy of the model
+
+
+class KeptSamples:
+    """Forward pre-hook at the entrance of a path: samples timm's mask, passes on what it keeps.
+
+    Args:
+        drop_path: the path's patched DropPath, which finds in `_kept` what was sampled.
+        call: which call of it the path is.
+    """
+
+    def __init__(self, drop_path: DropPath | None = None, call: int = 0):
+        self._drop_path = drop_path
+        self._call = call
+
+    def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
+        path = self._drop_path
+        if path is None or not path.training or path.drop_prob == 0.0 or not args:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        x = args[0]
+        sampled = path._kept.get(self._call)
+        if sampled is None or module in sampled[2]:  # the first entrance of this forward
+            mask = x.new_empty(x.shape[0]).bernoulli_(1 - path.drop_prob)
+            index = mask.nonzero().squeeze(1)
+            if not len(index):
+                index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
+            sampled = path._kept[self._call] = (mask, index, set())
+        sampled[2].add(module)
+        return (x.index_select(0, sampled[1]), *args[1:])
+
+    def __reduce__(self) -> tuple:
+        return (KeptSamples, ())  # does nothing in a copy of the model
+
+
+def scatter_kept(y: Tensor, mask: Tensor, index: Tensor, scale: float) -> Tensor:
+    """The path's output for the kept samples, scaled, among zeros for the others.
+
+    Args:
+        y: shape (K, ...), the output for K kept samples.
+        mask: shape (B,), nonzero where a sample is kept.
+        index: shape (K,), the kept samples.
+        scale: what timm multiplies the kept ones by.
+    """
+    kept = mask.index_select(0, index).to(y.dtype).mul_(scale)
+    full = y.new_zeros((len(mask), *y.shape[1:]))
+    return full.index_copy(0, index, y * kept.view(-1, *(1,) * (y.ndim - 1)))
+
+
+class _Mismatch(Exception):
+    """The DropPath was handed something else than one sample of the batch."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.path = path
+
+
+class _TrialDropPath(DropPath):
+    def forward(self, x: Tensor) -> Tensor:
+        call = self._batch.setdefault("call", 0)
+        self._batch["call"] += 1
+        if call not in self._expected:
+            return x
+        name, shape = self._expected[call]
+        batch, memory_format = self._batch.get(call, (0, torch.contiguous_format))
+        if x.shape[0] != 1 or (batch, *x.shape[1:]) != shape:
+            raise _Mismatch(name)
+        return zeros_for_batch(x, batch, memory_format)
+
+
+def try_skipping(
+    model: nn.Module,
+    run: Callable[[], object],
+    paths: Mapping[str, tuple[DropPath, int, tuple[int, ...]]],
+    entrances: Mapping[str, list[nn.Module]],
+    buffered: Callable[[Iterable[str]], list[nn.Module]],
+) -> set[str]:
+    """Names of the paths that can be dropped without being run.
+
+    Args:
+        model: a copy of the model that may be changed, in train mode.
+        run: runs it on an example of at least two samples.
+        paths: per path its DropPath in `model`, which call of it, and the shape that it is handed.
+        entrances: per path the modules of `model` that are to be handed one sample.
+        buffered: modules with buffers in the dropped part of some paths.
+    """
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.__class__ = _TrialDropPath
+            module._batch, module._expected = {}, {}
+    budget = _MAX_TRIALS
+
+    def works(names: list[str]) -> bool:
+        nonlocal budget
+        if budget <= 0:
+            return False
+        budget -= 1
+        hooks = []
+        resting = [m for m in buffered(names) if m.training]
+        for module in resting:
+            module.training = False
+        for name in names:
+            drop_path, call, shape = paths[name]
+            drop_path._expected[call] = (name, shape)
+            hooks += [
+                m.register_forward_pre_hook(OneSample(drop_path, call)) for m in entrances[name]
+            ]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in resting:
+                module.training = True
+            for drop_path, _, _ in paths.values():
+                drop_path._batch, drop_path._expected = {}, {}
+        return True
+
+    def search(names: list[str]) -> list[str]:
+        if not names:
+            return []
+        try:
+            return names if works(names) else []
+        except _Mismatch as e:
+            return search([n for n in names if n != e.path])
+        except Exception:  # whatever a model raises on a batch that it cannot take
+            half = len(names) // 2
+            return search(names[:half]) + search(names[half:]) if half else []
+
+    good = search([name for name in paths if entrances[name]])
+    return set(good)

@@ -1,0 +1,137 @@
+"""The paper's toy: two spirals, and a residual network of linear layers that tells them apart."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
+from torch import Tensor, nn
+
+import timm_rdp
+
+VARIANTS = ("plain", "droppath", "rdp")
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "none": nn.Identity}
+
+
+def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two interleaved spirals, one a class.
+
+    Args:
+        points: number of points of both classes together.
+        noise: standard deviation of what is added to each coordinate; the spirals have radius 1.
+        turns: how often each spiral winds around the centre.
+        seed: of the positions along the spirals and of the noise.
+
+    Returns:
+        coordinates (points, 2) and classes (points,), 0 and 1 in turn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.arange(points) % 2
+    # The square root spreads the points evenly along the arms.
+    t = torch.rand(points, generator=generator).sqrt()
+    angle = 2 * math.pi * turns * t + math.pi * label
+    xy = torch.stack([t * angle.cos(), t * angle.sin()], dim=1)
+    return xy + noise * torch.randn(points, 2, generator=generator), label
+
+
+class Layer(nn.Module):
+    """A linear layer on a residual path: what it adds to its input."""
+
+    def __init__(self, dim: int, activation: str, drop_prob: float):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.act = ACTIVATIONS[activation]()
+        self.drop_path = DropPath(drop_prob) if drop_prob > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the residual path adds to x."""
+        return self.drop_path(self.act(self.linear(x)))
+
+
+class ToyNet(nn.Module):
+    """Embedding to `dim`, `depth` residual linear layers, a linear classifier.
+
+    Args:
+        depth: number of residual layers.
+        dim: hidden dimension.
+        drop_path: rate of the last layer's DropPath; the rates rise linearly from 0, as in timm.
+        activation: after each residual linear layer, a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, depth: int, dim: int, drop_path: float = 0.0, activation: str = "gelu"):
+        super().__init__()
+        self.embed = nn.Linear(2, dim)
+        rates = calculate_drop_path_rates(drop_path, depth)
+        self.layers = nn.ModuleList(Layer(dim, activation, rate) for rate in rates)
+        self.head = nn.Linear(dim, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)["blocks"][-1])
+
+    def features(self, x: Tensor) -> dict[str, list[Tensor]]:
+        """Features of every layer, each (samples, dim).
+
+        Returns:
+            "paths": what each layer's path adds, depth tensors; "blocks": the embedding, and then
+            the sum after each residual connection, depth + 1 tensors.
+        """
+        paths, blocks = [], [self.embed(x)]
+        for layer in self.layers:
+            paths.append(layer(blocks[-1]))
+            blocks.append(blocks[-1] + paths[-1])
+        return {"paths": paths, "blocks": blocks}
+
+
+def train(
+    variant: str,
+    data: tuple[Tensor, Tensor],
+    *,
+    depth: int,
+    dim: int,
+    steps: int,
+    lr: float,
+    drop_path: float,
+    activation: str,
+    seed: int,
+    watch=None,
+) -> ToyNet:
+    """Train one toy network on all points at once, with AdamW and a cosine schedule.
+
+    Args:
+        variant: "plain" (no DropPath), "droppath" (timm's) or "rdp" (one full cycle a step).
+        data: what `two_spirals` returns.
+        steps: batches. Under RDP each is a droppath and a complement iteration, `same` batches.
+        lr: learning rate at the start.
+        seed: of the weights, of timm's DropPath and of RDP's masks.
+        watch: called as watch(step, model) before every step and after the last.
+    """
+    x, y = data
+    torch.manual_seed(seed)
+    model = ToyNet(depth, dim, 0.0 if variant == "plain" else drop_path, activation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rdp = None
+    if variant == "rdp":
+        rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
+    model.train()
+
+    def update():
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for step in range(steps):
+        if watch:
+            watch(step, model)
+        if rdp:
+            for iteration in rdp.cycle():
+                with iteration:
+                    update()
+        else:
+            update()
+        schedule.step()
+    if watch:
+        watch(steps, model)
+    if rdp:
+        rdp.detach()
+    return model.eval()
