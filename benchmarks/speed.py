@@ -12,11 +12,11 @@ import argparse
 import csv
 import gc
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -52,8 +52,11 @@ def main() -> None:
         results.append(measure(args, name, rate))
         gc.collect()
         write(args, results)
+    sizes = []
+    for size in args.batch_sizes:
+        sizes.append(measure(with_batch_size(args, size), *ROWS[0]))
     overhead = [measure_overhead(args, depth) for depth in (12, 24, 48)]
-    write(args, results, overhead)
+    write(args, results, overhead, sizes)
     print((args.output / "speed.md").read_text())
 
 
@@ -63,6 +66,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20, help="cycles per row")
     parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number from 0")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="*",
+        default=(4, 8, 32),
+        help="more batch sizes, for the first model",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile all variants")
@@ -73,6 +83,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def with_batch_size(args: argparse.Namespace, size: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "batch_size": size, "memory": False})
 
 
 def create(name: str, rate: float) -> torch.nn.Module:
@@ -214,7 +228,7 @@ def in_own_process(args: argparse.Namespace, name: str, rate: float, kind: str) 
 
 
 def peak_memory(args: argparse.Namespace, kind: str) -> float:
-    """Peak memory in MiB of an update of one kind, beyond the model, its optimizer and torch."""
+    """Peak memory in MiB of an update of one kind, beyond what there is before it begins."""
     trainee = Trainee(args, create(args.model, args.rate))
     data = batch(args, trainee.model)
     on_gpu = "cuda" in args.device
@@ -226,12 +240,19 @@ def peak_memory(args: argparse.Namespace, kind: str) -> float:
             "exp_avg_sq": torch.ones_like(parameter),
         }
 
-    def now() -> float:
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
+
+    def peak() -> float:
         if on_gpu:
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-    before = now()
+    before = peak()
     while rdp is not None:
         it = rdp.iteration()
         if it.phase == kind:
@@ -242,7 +263,7 @@ def peak_memory(args: argparse.Namespace, kind: str) -> float:
             pass
     else:
         trainee.update(*data)
-    return now() - before
+    return peak() - before
 
 
 def measure_overhead(args: argparse.Namespace, depth: int) -> dict:
@@ -264,12 +285,12 @@ def measure_overhead(args: argparse.Namespace, depth: int) -> dict:
 
 
 def write(
-    args: argparse.Namespace, results: list[dict], overhead: list[dict] | None = None
+    args: argparse.Namespace, results: list[dict], overhead: Sequence = (), sizes: Sequence = ()
 ) -> None:
     with open(args.output / "speed.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(results[0]))
         writer.writeheader()
-        writer.writerows(results)
+        writer.writerows([*results, *sizes])
     device = torch.cuda.get_device_name() if "cuda" in args.device else f"CPU, {platform.machine()}"
     lines = [
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm "
@@ -281,22 +302,18 @@ def write(
         "| model, rate | timm, s | droppath | complement | next | same | skip_dropped |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results:
-        cells = [f"{row['model']} {row['drop_path']}", f"{row['timm_seconds']:.3f}"]
-        for kind in COLUMNS:
-            text = f"{row[kind]:.2f}"
-            if f"{kind}_spread" in row:
-                text += f" ± {row[f'{kind}_spread']:.2f}"
-            if f"{kind}_predicted" in row:
-                text += f" ({row[f'{kind}_predicted']:.2f})"
-            cells.append(text)
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [line_of(row, f"{row['model']} {row['drop_path']}") for row in results]
     if args.memory:
         lines += ["", "| peak memory of an update, MiB | timm | droppath | complement |"]
         lines.append("| --- | --- | --- | --- |")
         for row in results:
             cells = [f"{row[f'{k}_memory_mib']:.0f}" for k in ("timm", "droppath", "complement")]
             lines.append(f"| {row['model']} {row['drop_path']} | {' | '.join(cells)} |")
+    if sizes:
+        lines += ["", f"The same for {sizes[0]['model']} {sizes[0]['drop_path']}:", ""]
+        lines.append("| batch | timm, s | droppath | complement | next | same | skip_dropped |")
+        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        lines += [line_of(row, str(row["batch"])) for row in sizes]
     if overhead:
         lines += ["", "| blocks | paths | parameters | ours per iteration, µs |"]
         lines.append("| --- | --- | --- | --- |")
@@ -305,6 +322,18 @@ def write(
             lines.append(f"| {' | '.join(map(str, cells))} |")
     (args.output / "speed.md").write_text("\n".join(lines) + "\n")
     draw(args, results)
+
+
+def line_of(row: dict, title: str) -> str:
+    cells = [title, f"{row['timm_seconds']:.3f}"]
+    for kind in COLUMNS:
+        text = f"{row[kind]:.2f}"
+        if f"{kind}_spread" in row:
+            text += f" ± {row[f'{kind}_spread']:.2f}"
+        if f"{kind}_predicted" in row:
+            text += f" ({row[f'{kind}_predicted']:.2f})"
+        cells.append(text)
+    return f"| {' | '.join(cells)} |"
 
 
 def draw(args: argparse.Namespace, results: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """What tests share: a handful of real images, and the check that bad input is refused well."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from sklearn.datasets import load_digits
 TRAIN_PER_CLASS = 8
 VAL_PER_CLASS = 4
 
-torch.set_num_threads(1)  # the tests share the cores among processes, their models are tiny
+# The tests share the cores among processes, and their models are tiny. The number of threads can
+# change the last bit, so the processes that tests start have as many.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

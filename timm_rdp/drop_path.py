@@ -130,10 +130,13 @@ class MaskedDropPath(DropPath):
             decisions: one per call.
             weights: for compiled models the same as tensors of shape ().
         """
-        self._decisions = None if decisions is None else tuple(decisions)
-        self._weights = None if weights is None else tuple(weights)
-        self._call = 0
-        self._batch = {}
+        # nn.Module's own __setattr__ would be most of what an iteration costs.
+        vars(self).update(
+            _decisions=None if decisions is None else tuple(decisions),
+            _weights=None if weights is None else tuple(weights),
+            _call=0,
+            _batch={},
+        )
         if weights is not None:
             told = zip(decisions, weights, strict=True)
             self._record = [(d != 0.0, w.device) for d, w in told if w is not None]
