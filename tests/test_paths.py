@@ -240,6 +240,59 @@ def test_tracing_computes_nothing():
     assert largest > 1000
 
 
+class Recurrent(nn.Module):
+    """Two recurrences in a row, each on a path of its own, over (B, T, 8) images."""
+
+    def __init__(self, kind, layers, bidirectional, batch_first):
+        super().__init__()
+        self.batch_first = batch_first
+        width = 4 if bidirectional else 8
+        options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
+        self.rnns = nn.ModuleList(kind(8, width, **options) for _ in range(2))
+        self.drop_paths = nn.ModuleList(DropPath(0.5) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        state = None
+        for rnn, drop_path in zip(self.rnns, self.drop_paths, strict=True):
+            y, state = rnn(x if self.batch_first else x.transpose(0, 1), state)
+            x = x + drop_path(y if self.batch_first else y.transpose(0, 1))
+        return self.head(x[:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_recurrences_have_the_paths_of_a_real_forward(kind, layers, bidirectional, batch_first):
+    model = Recurrent(kind, layers, bidirectional, batch_first)
+    example = torch.ones(2, 5, 8)
+    carried = [parameters for _, parameters, _ in paths_of(model, example)]
+    assert carried == [(), names_in(model, "rnns.1")]  # the first one hands its state on as well
+    by_meta = trace_paths(model, example)
+    model.__class__ = type("NeedsValues", (model.__class__,), {"forward": forward_with_values})
+    real = trace_paths(model, example)
+    assert [vars(p) | {"module": None} for p in by_meta.paths] == [
+        vars(p) | {"module": None} for p in real.paths
+    ]
+    assert by_meta.reached_parameters([]) == set(dict(model.named_parameters()))
+
+
+def test_tracing_a_recurrence_takes_no_longer_for_more_steps():
+    model = Recurrent(nn.LSTM, 2, True, batch_first=True)
+    counts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    for steps in (2, 50):
+        counts.append(0)
+        with Count():
+            trace_paths(model, torch.ones(2, steps, 8))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_users_hooks_do_not_see_the_traced_copy():
     model = small_model("test_vit")
     seen = []

@@ -243,6 +243,8 @@ def _trace_on(device: torch.device, model: nn.Module, example_input: Any) -> Pat
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(True)
 
+    if device.type == "meta":
+        _run_one_step_of_recurrences(traced)
     owners, owner_hooks = _watch_owners(traced)
     dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
     leaves: list[Tensor] = []
@@ -313,6 +315,34 @@ def _watch_owners(model: nn.Module) -> tuple[list[_Owner], list]:
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after))
     return owners, hooks
+
+
+def _run_one_step_of_recurrences(model: nn.Module) -> None:
+    """Hand LSTMs and their like one step of the sequence, and repeat what they make of it.
+
+    On meta a step costs as much as any layer, and all steps depend on the same parameters.
+    """
+
+    def first_step(module: nn.RNNBase, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        module._steps = None
+        if not args or not isinstance(args[0], Tensor):
+            return None  # a PackedSequence, say
+        dim = 1 if module.batch_first and args[0].ndim == 3 else 0
+        module._steps = (dim, args[0].shape[dim])
+        return (args[0].narrow(dim, 0, 1), *args[1:]), kwargs
+
+    def all_steps(module: nn.RNNBase, _: tuple, result: tuple) -> tuple | None:
+        if module._steps is None:
+            return None
+        output, state = result
+        dim, steps = module._steps
+        first = output.transpose(0, dim)
+        return first.repeat(steps, *(1,) * (output.ndim - 1)).transpose(0, dim), state
+
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_pre_hook(first_step, with_kwargs=True)
+            module.register_forward_hook(all_steps)
 
 
 def _find_skippable(
