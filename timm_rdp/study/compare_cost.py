@@ -1,0 +1,190 @@
+"""What the variants of a comparison cost: counted, before anything is trained."""
+
+import argparse
+import math
+from statistics import fmean
+from typing import Any
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_rdp import ResidualDropPath
+from timm_rdp.masks import sample_masks
+from timm_rdp.rdp import COMPLEMENT, DROPPATH
+from timm_rdp.training.data import close_data, create_data
+from timm_rdp.training.errors import UsageError
+from timm_rdp.training.example import example_input
+from timm_rdp.training.model import build_model, setup_precision
+
+FLOP_CYCLES = 50
+UPDATE_CYCLES = 200
+
+
+def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, int]:
+    """The model of a run without its weights, on torch's meta device.
+
+    Args:
+        args: the run's options.
+
+    Returns:
+        the model in train mode, timm's data config, the batches of an epoch
+
+    Raises:
+        UsageError: model or data do not fit the options.
+    """
+    args = argparse.Namespace(**vars(args))
+    vars(args).update(
+        pretrained=False,
+        pretrained_path=None,
+        initial_checkpoint="",
+        torchscript=False,
+        distributed=False,
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        prefetcher=not args.no_prefetcher,
+    )
+    cpu = torch.device("cpu")
+    model_dtype = setup_precision(args, cpu)[0]
+    with torch.random.fork_rng(devices=[]):
+        model, data_config = build_model(args, cpu, model_dtype)
+        data = create_data(args, data_config, model, cpu, model_dtype)
+    batches = len(data.train)
+    close_data(data)
+    return model.to("meta").train(), data_config, batches
+
+
+def count_costs(
+    args: argparse.Namespace, model: nn.Module, data_config: dict, with_paths: bool
+) -> dict[str, Any]:
+    """What the kinds of update of a model cost.
+
+    Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
+    of seed 0; every=N is taken into account by `cost_per_batch`.
+
+    Args:
+        args: the options of its run.
+        model: on the meta device, in train mode; it is patched for good.
+        data_config: timm's.
+        with_paths: whether it has any that can be dropped.
+
+    Returns:
+        "update": FLOPs per image, forward and backward, of timm's own update; None where they
+            cannot be counted without data
+        "droppath": the same for the mean droppath iteration
+        "complement": the same for the mean complement iteration
+        "complements": complement iterations per cycle
+
+    Raises:
+        UsageError: no path can be dropped.
+    """
+    costs: dict[str, Any] = {"update": None}
+    rdp = None
+    if with_paths:
+        try:
+            rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
+        except ValueError as error:
+            raise UsageError(f"--model {args.model}: {error}") from error
+        dropped = (_dropped(rdp, cycle) for cycle in range(UPDATE_CYCLES))
+        trained = sum(bool(rdp.dropped_part(names)) for names in dropped)
+        costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
+    batch = args.batch_size * max(1, args.aug_splits)
+    images = torch.empty(batch, *data_config["input_size"], device="meta")
+    images = images.to(next(model.parameters()).dtype)
+    try:
+        costs["update"] = _flops(model, images) / batch
+        if rdp is not None:
+            per_phase = _phases(rdp, images)
+            if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
+                per_phase = (costs["update"], costs["update"])
+            else:
+                per_phase = tuple(flops / batch for flops in per_phase)
+            costs["droppath"], costs["complement"] = per_phase
+    except Exception:  # NaFlex and whatever else reads the values of its input
+        return costs | {key: None for key in ("update", "droppath", "complement") if key in costs}
+    return costs
+
+
+def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
+    kept = sample_masks(0, cycle, [path.drop_prob for path in rdp.paths])
+    return [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
+
+
+def _flops(model: nn.Module, images: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
+        sum(output.sum() for output in outputs).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
+    """FLOPs of the mean droppath iteration and of the mean complement iteration."""
+    known: dict[tuple, int] = {}
+    counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
+    for _ in range(FLOP_CYCLES):
+        for it in rdp.cycle():
+            key = (it.phase, it.dropped)
+            with it:
+                if key not in known:
+                    known[key] = _flops(rdp.model, images)
+            counts[it.phase].append(known[key])
+    return fmean(counts[DROPPATH]), fmean(counts[COMPLEMENT] or [0.0])
+
+
+def updates_per_batch(variant: str, costs: dict, every: int) -> float:
+    """Optimizer steps that a batch gets."""
+    return 1 + costs["complements"] / every if variant == "rdp" else 1.0
+
+
+def flops_per_image(variant: str, costs: dict, every: int) -> float | None:
+    """FLOPs that an image of an epoch costs on average; None where they were not counted.
+
+    Args:
+        variant: one of VARIANTS.
+        costs: from `count_costs`.
+        every: a complement iteration follows every so many droppath iterations.
+    """
+    if costs["update"] is None:
+        return None
+    if variant in ("plain", "droppath", "droppath-matched"):
+        return costs["update"]
+    if variant == "droppath-batch":
+        return costs["droppath"]
+    complements = costs["complements"] / every
+    cycle = costs["droppath"] + complements * costs["complement"]
+    return cycle / (1 + complements) if variant == "rdp-next" else cycle
+
+
+def over_run(own: float, usual: float, epochs: int, start: int) -> float:
+    """What `epochs` epochs cost of which those from `start` on cost `own`, the others `usual`."""
+    early = min(start, epochs)
+    return early * usual + (epochs - early) * own
+
+
+def total_epochs(args: argparse.Namespace, epochs: int) -> int:
+    """How many epochs a run with --epochs `epochs` takes, warmup and cooldown included."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=args.lr or 0.1)
+    options = argparse.Namespace(**{**vars(args), "epochs": epochs, "lr": args.lr or 0.1})
+    try:
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1_000)[
+            1
+        ]
+    except ValueError as error:
+        raise UsageError(f"--sched {args.sched} with --epochs {epochs}: {error}") from None
+
+
+def matched_epochs(args: argparse.Namespace, ratio: float) -> int:
+    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if ratio < 1.
+
+    Args:
+        args: the recipe's options.
+        ratio: cost of an rdp run over that of a droppath run.
+    """
+    wanted = ratio * total_epochs(args, args.epochs)
+    candidates = range(args.epochs, math.ceil(args.epochs * max(1.0, ratio)) + 2)
+    return min(candidates, key=lambda epochs: abs(total_epochs(args, epochs) - wanted))
