@@ -10,6 +10,7 @@ from core_helpers import batch, buffers_of, parameters_of, same_bits, small_mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
+from timm.models import VisionTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -366,10 +367,27 @@ def test_a_graph_hidden_by_reentrant_checkpointing_is_an_error():
         ("test_resnet", {"in_chans": 5}),
         ("vit_tiny_patch16_224", {"img_size": 48, "depth": 2}),
         ("vit_tiny_patch16_224", {"img_size": (32, 64), "depth": 2}),
+        ("vit_tiny_patch16_224", {"img_size": 48, "depth": 2, "in_chans": 2}),
+        ("coat_tiny", {"img_size": 64}),
+        ("levit_128s", {"img_size": 96}),
+        ("gmlp_s16_224", {"img_size": (32, 64)}),
+        ("hiera_tiny_224", {"img_size": 64}),
+        ("efficientformerv2_s0", {"img_size": (96, 64)}),
     ],
 )
-def test_the_example_input_fits_the_model_by_itself(name, options):
-    model = timm.create_model(name, drop_path_rate=0.2, num_classes=5, **options)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_example_input_fits_the_model_by_itself(name, options, wrapped):
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=0.2, num_classes=5, **options)
+    if wrapped:
+        model = nn.Sequential(nn.Identity(), model)
+    assert trace_paths(model).paths
+
+
+def test_the_example_input_fits_a_module_that_says_its_size_without_timms_factory():
+    model = VisionTransformer(img_size=48, patch_size=8, in_chans=2, drop_path_rate=0.2)
+    assert trace_paths(model).paths
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), model)
     assert trace_paths(model).paths
 
 
@@ -456,6 +474,10 @@ def test_example_input_is_not_changed():
                 torch.ones(2, 3, 99, 99),
             ),
             r"VisionTransformer cannot be traced with example_input",
+        ),
+        (
+            lambda: (timm.create_model("crossvit_tiny_240", img_size=64, drop_path_rate=0.1), None),
+            r"CrossVit cannot be traced with an image of its default size \(RuntimeError: .*size",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from timm.layers import DropPath
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from timm_rdp.skip import try_skipping
@@ -189,15 +190,16 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
     Args:
         model: any model with timm DropPath modules.
         example_input: a tensor (B, C, H, W), or the tuple / dict that the model's forward takes; by
-            default made from the model's `pretrained_cfg`.
+            default of the size that the model says it takes.
 
     Raises:
         ValueError: the model cannot be run on the example input, or recomputes in a way that hides
             its graph.
     """
-    failures = []
-    for device in ("meta", "cpu"):
-        inputs = [example_input] if example_input is not None else list(_example_inputs(model))
+    inputs = [example_input] if example_input is not None else list(_example_inputs(model))
+    on_meta = any(p.is_meta for p in model.parameters())  # and so without values to copy
+    for device in ("meta",) if on_meta else ("meta", "cpu"):
+        failures = []
         for candidate in inputs:
             try:
                 return _trace_on(torch.device(device), model, candidate)
@@ -207,7 +209,7 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
                 failures.append(f"{type(e).__name__}: {e}".splitlines()[0])
     given = "example_input" if example_input is not None else "an image of its default size"
     raise ValueError(
-        f"{type(model).__name__} cannot be traced with {given} ({failures[-1]}); "
+        f"{type(model).__name__} cannot be traced with {given} ({failures[0]}); "
         "pass example_input, the input that its forward takes"
     ) from None
 
@@ -436,13 +438,20 @@ def _drop_hooks(model: nn.Module) -> None:
 
 def _example_inputs(model: nn.Module) -> Iterator[Tensor]:
     """Images (2, C, H, W) that the model may take, the likeliest first."""
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    channels, *size = cfg.get("input_size", (3, 224, 224))
-    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
-    embed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    for height, width in dict.fromkeys(tuple(s) for s in (embed_size, size) if s):
-        for count in dict.fromkeys((channels, first)):
-            yield torch.empty((2, count, height, width), device="meta")
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    shapes = []
+    for module in model.modules():  # the model itself comes first
+        size = getattr(module, "img_size", None)
+        if isinstance(getattr(module, "pretrained_cfg", None), Mapping):
+            channels, *size = get_model_input_config(module)["input_size"]
+            shapes += [(channels, *size), (first, *size)]
+        elif isinstance(size, int):
+            shapes.append((first, size, size))
+        elif isinstance(size, tuple | list) and len(size) == 2:
+            shapes.append((first, *size))
+    shapes += [(3, 224, 224), (first, 224, 224)]
+    for shape in dict.fromkeys(shapes):
+        yield torch.empty((2, *shape), device="meta")
 
 
 def _to_leaves(value: Any, device: torch.device, dtype: torch.dtype, leaves: list[Tensor]) -> Any:

@@ -81,7 +81,7 @@ class ResidualDropPath:
         seed: the masks are a pure function of seed and cycle.
         every: a complement iteration follows only every N-th droppath iteration.
         example_input: a tensor (B, C, H, W), or the tuple / dict that the model's forward takes; by
-            default made from the model's `pretrained_cfg`.
+            default an image of the size that the model says it takes.
 
     Raises:
         ValueError: the model has no residual path that can be dropped, cannot be traced or is
