@@ -22,7 +22,7 @@ TABLE = (Path(__file__).parent / "timm_train_flags.csv").read_text()
 FLAGS = list(csv.DictReader(TABLE.splitlines()))
 RDP_PARSER = argparse.ArgumentParser()
 add_rdp_args(RDP_PARSER)
-RDP_FLAGS = set(vars(RDP_PARSER.parse_args([])))
+RDP_FLAGS = set(vars(RDP_PARSER.parse_args([]))) | {"data_seed"}
 
 
 def config_file(tmp_path: Path, text: str) -> Path:

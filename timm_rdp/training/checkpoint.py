@@ -54,6 +54,35 @@ def read_checkpoint(path: str | Path, flag: str, mmap: bool = False) -> Any:
         raise UsageError(f"{flag} {path}: cannot be read ({why}); use another file") from error
 
 
+def find_newest(args: argparse.Namespace) -> None:
+    """Replace `--resume auto` by the newest checkpoint of the run's folder that can be read.
+
+    Raises:
+        UsageError: the folder's name is not given.
+    """
+    if args.resume != "auto":
+        return
+    if not args.experiment:
+        raise UsageError(
+            "--resume auto looks in --output/--experiment: name the run with --experiment NAME"
+        )
+    args.resume = ""
+    folder = Path(args.output or "./output/train", args.experiment)
+    names = ("last", "recovery-*", "checkpoint-*", "milestone-*", "model_best")
+    found = [path for name in names for path in folder.glob(f"{name}.pth.tar")]
+    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            _weights_of(read_checkpoint(path, "--resume", mmap=True), str(path), "--resume")
+        except UsageError as error:
+            _logger.warning(
+                f"{str(error).removeprefix('--resume ')}: passing over to the one before"
+            )
+        else:
+            args.resume = str(path)
+            return
+    _logger.info(f"--resume auto: there is no checkpoint in {folder}, starting from the beginning")
+
+
 def check_checkpoints(args: argparse.Namespace) -> None:
     """Read every checkpoint that the options name, before anything is built.
 

@@ -10,6 +10,7 @@ import torch
 from timm import utils
 from torch import nn
 
+from timm_rdp.training.interrupt import Stopped
 from timm_rdp.training.loop import Run, to_device
 
 _logger = logging.getLogger(__name__)
@@ -20,6 +21,9 @@ def evaluate(run: Run, model: nn.Module, suffix: str = "") -> OrderedDict:
 
     Returns:
         loss, top1 and top5 (the last two in percent), averaged over the samples
+
+    Raises:
+        Stopped: the run was asked to stop.
     """
     args = run.args
     losses, top1, top5 = (utils.AverageMeter() for _ in range(3))
@@ -48,6 +52,8 @@ def evaluate(run: Run, model: nn.Module, suffix: str = "") -> OrderedDict:
             # Numbers are fetched from the device only where they are shown.
             pending.append((torch.stack([m.float() for m in measured]), output.shape[0]))
 
+            if signum := run.interruption.agreed():
+                raise Stopped(signum)
             times.update(time.time() - start)
             start = time.time()
             if index == last or index % args.log_interval == 0:

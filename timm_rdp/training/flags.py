@@ -108,7 +108,8 @@ def _add_model(parser):
     add("--initial-checkpoint", type=str, default="", metavar="FILE",
         help="load these weights into the new model")
     add("--resume", type=str, default="", metavar="FILE",
-        help="continue from this checkpoint: weights, optimizer, epoch and RDP state")
+        help="continue from this checkpoint exactly where it was written; auto: from the newest "
+        "good one in --output/--experiment, or from the start where there is none")
     add("--no-resume-opt", action="store_true", default=False,
         help="with --resume: leave the optimizer state out")
     add("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
@@ -322,6 +323,9 @@ def _add_ema(parser):
 def _add_run(parser):
     add = parser.add_argument_group("run and outputs").add_argument
     add("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
+    add("--data-seed", type=int, metavar="N",
+        help="draw the order and augmentation of the data from a random stream of their own, so "
+        "that runs of other models or drop rates see the same data (default: timm's one stream)")
     add("--worker-seeding", type=str, default="all", metavar="MODE",
         help="what is seeded in loader workers: all or part (default: all)")
     add("--log-interval", type=int, default=50, metavar="N",

@@ -19,9 +19,13 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.rdp import COMPLEMENT
 from timm_rdp.training.checkpoint import Saver, all_finite
 from timm_rdp.training.errors import TrainingError
+from timm_rdp.training.interrupt import Interruption, Stopped
 from timm_rdp.training.losses import Losses
+from timm_rdp.training.position import ResumableSampler, state_of_rank, state_of_run
+from timm_rdp.training.randomness import DataStream
 
 if TYPE_CHECKING:
     from timm_rdp.training.data import Data
@@ -43,6 +47,10 @@ class Run:
     data: Data
     optimizer: torch.optim.Optimizer
     rdp: ResidualDropPath | None
+    interruption: Interruption
+    data_stream: DataStream | None = None  # of --data-seed
+    train_sampler: ResumableSampler | None = None  # None: the loader alone knows its order
+    eval_sampler: ResumableSampler | None = None
     num_epochs: int = 0
     first_epoch: int = 0
     lr_scheduler: Any = None
@@ -52,10 +60,17 @@ class Run:
     summary: Summary | None = None
     wandb: Any = None
     progress: Progress | None = None
-    # Where the run stands: the epoch and update in progress, and the batch that came last.
+    # Where the run stands: the epoch and update in progress, the updates and batches of this epoch
+    # that are done, and the batch that came last.
     epoch: int = 0
     update: int = 0
+    updates_done: int = 0
+    consumed: int = 0
     newest: MicroBatch | None = None
+    losses: Losses | None = None
+    # Where a resumed run goes on within its first epoch, and what it has to average with.
+    resumed_losses: list[dict] | None = None
+    state: dict | None = None  # what the checkpoint that is written next holds of it
     results: list[dict] = field(default_factory=list)
 
     @property
@@ -76,11 +91,14 @@ class MicroBatch(NamedTuple):
 def train_one_epoch(run: Run) -> tuple[OrderedDict, OrderedDict]:
     """Train on every batch of the training loader once.
 
+    The first epoch of a resumed run goes on where that stood.
+
     Returns:
         timm's metrics (loss), and those of ResidualDroppath (empty without --rdp)
 
     Raises:
         TrainingError: a loss is not a finite number; what was saved before is not touched.
+        Stopped: the run was asked to stop; a recovery checkpoint has been written.
     """
     args, epoch, progress = run.args, run.epoch, run.progress
     _mixup_off(run, epoch)
@@ -88,12 +106,18 @@ def train_one_epoch(run: Run) -> tuple[OrderedDict, OrderedDict]:
     run.optimizer.zero_grad()
 
     rdp = run.rdp if run.rdp is not None and epoch >= args.rdp_start_epoch else None
-    losses = Losses(run, epoch)
-    num_updates = epoch * run.updates_per_epoch
+    losses = run.losses = Losses(run, epoch)
+    if run.resumed_losses is None:
+        run.updates_done = run.consumed = 0
+    else:
+        losses.load_state_dicts(run.resumed_losses)
+        run.resumed_losses = None
+    num_updates = epoch * run.updates_per_epoch + run.updates_done
     batches = load_batches(run)
     sizes = update_sizes(len(run.data.train), args.grad_accum_steps)
+    done = run.updates_done
     progress.start_epoch(run)
-    for run.update, (size, divisor, last) in enumerate(sizes):
+    for run.update, (size, divisor, last) in enumerate(islice(sizes, done, None), done):
         load_start = time.time()
         first = next(batches, None)
         if first is None:
@@ -107,6 +131,7 @@ def train_one_epoch(run: Run) -> tuple[OrderedDict, OrderedDict]:
         ):  # the loader ended earlier than its length said: no full update, as in timm
             break
         num_updates += 1
+        run.updates_done += 1
         progress.updated(run.newest.size * count * args.world_size, data_time)
         run.task.update_ema(step=num_updates)
         if args.synchronize_step:
@@ -117,18 +142,42 @@ def train_one_epoch(run: Run) -> tuple[OrderedDict, OrderedDict]:
             progress.show(run, losses, last)
         if at_interval and args.save_images and run.output_dir:
             _save_images(run.newest, run.output_dir)
-        if args.recovery_interval and (run.update + 1) % args.recovery_interval == 0:
-            losses.settle()  # on every rank, because they compare
-            check_weights(run)
-            if run.saver is not None:
-                run.saver.save_recovery(epoch, batch_idx=run.update)
         if run.lr_scheduler is not None:
             run.lr_scheduler.step_update(num_updates=num_updates, metric=losses.first.avg)
+        signum = run.interruption.agreed()
+        if signum and not _within_cycle(run, rdp):
+            save_recovery(run, state_of_rank(run, losses))
+            raise Stopped(signum)
+        if args.recovery_interval and (run.update + 1) % args.recovery_interval == 0:
+            save_recovery(run, state_of_rank(run, losses))
 
     if hasattr(run.optimizer, "sync_lookahead"):
         run.optimizer.sync_lookahead()
     run.newest = None
     return losses.of_epoch()
+
+
+def save_recovery(run: Run, mine: dict) -> None:
+    """Write a recovery checkpoint of the epoch in progress; every rank must call it.
+
+    Args:
+        run: the run, between two updates.
+        mine: what `state_of_rank` returned where the run is to go on.
+
+    Raises:
+        TrainingError: a weight is not a finite number, or the file cannot be written.
+    """
+    check_weights(run)
+    resumable = run.train_sampler is not None
+    run.state = state_of_run(run, mine, run.updates_done) if resumable else None
+    if run.saver is not None:
+        run.saver.save_recovery(run.epoch, batch_idx=run.update)
+
+
+def _within_cycle(run: Run, rdp: ResidualDropPath | None) -> bool:
+    if rdp is None or run.args.rdp_batch == "same":
+        return False
+    return rdp.iteration().phase == COMPLEMENT
 
 
 def train_on_group(
@@ -228,10 +277,19 @@ def _backward(run: Run, loss: torch.Tensor, step: bool) -> None:
 
 def load_batches(run: Run) -> Iterator[MicroBatch]:
     """The loader's batches, on the device and mixed; each is loaded when it is asked for."""
-    for index, (input, target) in enumerate(run.data.train):
-        input, target = to_device(run, input, target, run.data.mixup_fn)
+    loader = None
+    while True:
+        with run.data_stream() if run.data_stream is not None else nullcontext():
+            if loader is None:
+                loader = iter(run.data.train)
+            try:
+                input, target = next(loader)
+            except StopIteration:
+                return
+            input, target = to_device(run, input, target, run.data.mixup_fn)
         size = (input["patches"] if isinstance(input, dict) else input).shape[0]
-        run.newest = MicroBatch(index, input, target, size, _loss_scale(run, size))
+        run.newest = MicroBatch(run.consumed, input, target, size, _loss_scale(run, size))
+        run.consumed += 1
         yield run.newest
 
 

@@ -89,6 +89,24 @@ class Losses:
             "training stops; try a lower --lr, more --warmup-epochs or --clip-grad 1.0"
         )
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Value, average, sum and count of each average so far; every rank must call it."""
+        self.settle()
+        return {name: [m.val, m.avg, m.sum, m.count] for name, m in self._meters().items()}
+
+    def load_state_dicts(self, states: list[dict[str, list[float]]]) -> None:
+        """Go on with this process's averages, or with those of several put together."""
+        for name, meter in self._meters().items():
+            meter.val, meter.avg, meter.sum, meter.count = states[-1][name]
+            if len(states) > 1:
+                meter.sum = sum(state[name][2] for state in states)
+                meter.count = sum(state[name][3] for state in states)
+                meter.avg = meter.sum / meter.count if meter.count else 0
+
+    def _meters(self) -> dict[str, utils.AverageMeter]:
+        named = {"first": self.first, "dropped": self._dropped, "trainable": self._trainable}
+        return {**named, **self.phases}
+
     def current(self) -> tuple[float, float]:
         """The training loss of the last batch and its average, over all ranks."""
         return self._over_ranks(self.first.val), self._over_ranks(self.first.avg)

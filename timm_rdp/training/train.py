@@ -8,6 +8,7 @@ import json
 import logging
 import logging.handlers
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ import timm_rdp
 from timm_rdp.training.checkpoint import (
     Saver,
     check_checkpoints,
+    find_newest,
     load_ema,
     restore_history,
     resume,
@@ -32,8 +34,15 @@ from timm_rdp.training.data import check_data, close_data, create_data
 from timm_rdp.training.errors import TrainingError, UsageError
 from timm_rdp.training.evaluate import evaluate
 from timm_rdp.training.example import example_input
+from timm_rdp.training.interrupt import Interruption, Stopped
 from timm_rdp.training.limits import check_limits, check_tta
-from timm_rdp.training.loop import Run, check_weights, train_one_epoch
+from timm_rdp.training.loop import (
+    Run,
+    check_weights,
+    save_recovery,
+    train_one_epoch,
+    update_sizes,
+)
 from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
 from timm_rdp.training.options import args_text, parse_args
 from timm_rdp.training.outputs import (
@@ -43,7 +52,15 @@ from timm_rdp.training.outputs import (
     experiment_name,
     start_wandb,
 )
+from timm_rdp.training.position import (
+    make_resumable,
+    restore_position,
+    restore_plateau,
+    state_of_rank,
+    state_of_run,
+)
 from timm_rdp.training.progress import Progress, mean_lr
+from timm_rdp.training.randomness import DataStream
 
 _logger = logging.getLogger("timm_rdp.training")
 
@@ -55,21 +72,23 @@ def main(argv: list[str] | None = None) -> int:
         argv: the command line without the program, None for that of this process.
 
     Returns:
-        exit status: 0, 1 for a run that failed, 2 for options or data that cannot be used
+        exit status: 0, 1 for a run that failed, 2 for options or data that cannot be used, 128 and
+        the signal's number for a run that was stopped
     """
     if not logging.root.handlers:
         utils.setup_default_logging()
     try:
         with _log_held_back():
             run = set_up(parse_args(argv))
-        fit(run)
+        return fit(run)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def set_up(args: argparse.Namespace) -> Run:
@@ -81,6 +100,7 @@ def set_up(args: argparse.Namespace) -> Run:
     text = args_text(args)
     check_limits(args)
     check_data(args)
+    find_newest(args)
     check_checkpoints(args)
     device = _setup_device(args)
 
@@ -110,47 +130,83 @@ def set_up(args: argparse.Namespace) -> Run:
     _wrap(args, task, rdp, device)
 
     run = Run(
-        args, device, model_dtype, autocast, loss_scaler, task, eval_loss, data, optimizer, rdp
+        args,
+        device,
+        model_dtype,
+        autocast,
+        loss_scaler,
+        task,
+        eval_loss,
+        data,
+        optimizer,
+        rdp,
+        Interruption(args.distributed),
     )
+    if args.data_seed is not None:
+        run.data_stream = DataStream(args.data_seed, args.rank)
+    run.train_sampler = make_resumable(data.train)
+    run.eval_sampler = make_resumable(data.eval)
     run.lr_scheduler, run.num_epochs = create_scheduler_v2(
         optimizer,
         **scheduler_kwargs(args, decreasing_metric=_eval_metric(run) == "loss"),
         updates_per_epoch=run.updates_per_epoch,
     )
     run.first_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
-    _forward_schedule(run)
+    _continue_at(run, checkpoint)
     run.progress = Progress(args)
     if utils.is_primary(args):
         _open_outputs(run, experiment_name(args, data_config), text, checkpoint)
         if args.resume:
-            _logger.info(f"Continuing {args.resume} at epoch {run.first_epoch}/{run.num_epochs}.")
+            within = f", update {run.updates_done}" if run.resumed_losses else ""
+            _logger.info(
+                f"Continuing {args.resume} at epoch {run.first_epoch}/{run.num_epochs}{within}."
+            )
     return run
 
 
-def fit(run: Run) -> None:
+def fit(run: Run) -> int:
     """Train from the run's first epoch to its last.
+
+    Returns:
+        exit status: 0, or 128 and the signal's number where a signal stopped the run
 
     Raises:
         TrainingError: the run cannot go on; the checkpoints from before are kept.
     """
+    status = 0
     try:
-        with logging_redirect_tqdm() if run.progress.is_bar else nullcontext():
+        with (
+            run.interruption.handling(),
+            logging_redirect_tqdm() if run.progress.is_bar else nullcontext(),
+        ):
             _epochs(run)
-    except KeyboardInterrupt:
-        _logger.info(f"Interrupted in epoch {run.epoch}, update {run.update}.")
+            run.interruption.close()
+    except Stopped as stopped:
+        status = 128 + stopped.signum
+        if utils.is_primary(run.args):
+            _logger.info(
+                f"{stopped} in epoch {run.epoch}, after {run.updates_done} updates: continue with "
+                f"--resume {run.saver.curr_recovery_file}"
+            )
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" in str(error):
+            what = str(error).splitlines()[0]
+        elif missing := run.interruption.missing_ranks():
+            what = f"rank {missing} of {run.args.world_size} no longer answers"
+        else:
             raise
         raise TrainingError(
-            f"{str(error).splitlines()[0]} in epoch {run.epoch}, update {run.update}: training "
-            "stops; the checkpoints from before are intact"
+            f"{what} in epoch {run.epoch}, update {run.update}: training stops; the checkpoints "
+            "from before are intact, continue with --resume auto"
         ) from error
     finally:
         run.progress.close()
         close_data(run.data)
     if run.args.distributed:
         torch.distributed.destroy_process_group()
-    _closing_summary(run)
+    if status == 0:
+        _closing_summary(run)
+    return status
 
 
 @contextmanager
@@ -190,12 +246,17 @@ def _epochs(run: Run) -> None:
         check_weights(run)
         eval_metrics = None
         if data.eval is not None:
-            eval_metrics = evaluate(run, task.get_eval_model())
-            if task.has_ema() and not args.model_ema_force_cpu:
-                ema = task.get_trainable_module(ema=True)
-                if reduce_bn:
-                    utils.distribute_bn(ema, args.world_size, args.dist_bn == "reduce")
-                eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
+            mine = state_of_rank(run, run.losses)
+            try:
+                eval_metrics = evaluate(run, task.get_eval_model())
+                if task.has_ema() and not args.model_ema_force_cpu:
+                    ema = task.get_trainable_module(ema=True)
+                    if reduce_bn:
+                        utils.distribute_bn(ema, args.world_size, args.dist_bn == "reduce")
+                    eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
+            except Stopped:
+                save_recovery(run, mine)
+                raise
             if not math.isfinite(eval_metrics["loss"]):
                 raise TrainingError(
                     f"the validation loss is {eval_metrics['loss']} after epoch {epoch}: training "
@@ -205,6 +266,7 @@ def _epochs(run: Run) -> None:
         latest = (train_metrics if eval_metrics is None else eval_metrics)[metric]
 
         run.progress.end_epoch(run, train_metrics, rdp_metrics, eval_metrics)
+        run.state = state_of_run(run, state_of_rank(run), updates=None)
         if run.saver is not None:
             row = run.summary.add(epoch, train_metrics, eval_metrics, mean_lr(run), rdp_metrics)
             if run.wandb is not None:
@@ -317,10 +379,21 @@ def _wrap(
         rdp.follow(task.get_trainable_module())
 
 
-def _forward_schedule(run: Run) -> None:
-    if run.lr_scheduler is not None and run.first_epoch > 0:
-        if run.args.sched_on_updates:
-            run.lr_scheduler.step_update(run.first_epoch * run.updates_per_epoch)
+def _continue_at(run: Run, checkpoint: dict) -> None:
+    """Set schedule, random states and position to those of the checkpoint, or to an epoch's."""
+    args, state = run.args, checkpoint.get("run")
+    # Without its optimizer state, or at an epoch of the user's choice, it is another run.
+    exact = bool(state) and not args.no_resume_opt and args.start_epoch is None
+    if exact:
+        if state["updates"] is not None and run.train_sampler is not None:
+            run.first_epoch = checkpoint["epoch"]
+        restore_position(run, state, update_sizes)
+    if exact and "plateau" in state and hasattr(run.lr_scheduler, "lr_scheduler"):
+        restore_plateau(run, checkpoint)
+    elif run.lr_scheduler is not None and (run.first_epoch > 0 or run.updates_done > 0):
+        if args.sched_on_updates:
+            done = run.first_epoch * run.updates_per_epoch + run.updates_done
+            run.lr_scheduler.step_update(done)
         else:
             run.lr_scheduler.step(run.first_epoch)
     if utils.is_primary(run.args) and run.lr_scheduler is not None:
@@ -351,8 +424,9 @@ def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict) -> Non
 
 
 def _state_of_run(run: Run) -> dict:
-    """What a checkpoint holds beside timm's entries; the place for all that a resume needs."""
-    return {} if run.rdp is None else {"rdp": run.rdp.state_dict()}
+    """What a checkpoint holds beside timm's entries: all that an exact resume needs."""
+    state = {} if run.state is None else {"run": run.state}
+    return state if run.rdp is None else {**state, "rdp": run.rdp.state_dict()}
 
 
 def _eval_metric(run: Run) -> str:
