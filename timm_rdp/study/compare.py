@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.utils.distributed import is_distributed_env
 
+from timm_rdp.training.checks import flag
 from timm_rdp.training.config import nearest
 from timm_rdp.training.errors import TrainingError, UsageError
 from timm_rdp.training.outputs import write_atomically
@@ -102,8 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         _check_libraries()
         if args.report is None:
             return compare(args, rest)
-        if rest:
-            raise UsageError(f"--report trains nothing: leave out {' '.join(rest)}")
+        changed = [k for k, v in vars(args).items() if v != parser.get_default(k)]
+        extra = [flag(name) for name in changed if name not in ("report", "pick")] + rest
+        if extra:
+            raise UsageError(f"--report trains nothing: leave out {' '.join(extra)}")
         print(write_report(Path(args.report), args.pick))
     except UsageError as error:
         print(f"timm-rdp compare: {error}", file=sys.stderr)
@@ -146,15 +150,27 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     if stop:
         print("timm-rdp compare: stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    wanted = _runs(args, rates)
-    failed = [run.name for run in wanted if read_record(output, run)["status"] == FAILED]
+    return _tell_of_the_rest(_runs(args, rates), output)
+
+
+def _tell_of_the_rest(wanted: list[Run], output: Path) -> int:
+    """Say which runs there are no results of; returns the exit status."""
+    statuses = {run.name: read_record(output, run)["status"] for run in wanted}
+    failed = [name for name, status in statuses.items() if status == FAILED]
+    unfinished = [n for n, status in statuses.items() if status not in (DONE, DIVERGED, FAILED)]
     if failed:
         print(
             f"timm-rdp compare: {len(failed)} of {len(wanted)} runs failed, the first one is "
             f"{failed[0]} (see {output / 'runs' / failed[0]}.log); --retry runs them again",
             file=sys.stderr,
         )
-    return 1 if failed else 0
+    if unfinished:
+        print(
+            f"timm-rdp compare: {len(unfinished)} of {len(wanted)} runs are not finished, the "
+            f"first one is {unfinished[0]}; the same command goes on",
+            file=sys.stderr,
+        )
+    return 1 if failed or unfinished else 0
 
 
 def _check_libraries() -> None:
@@ -166,11 +182,13 @@ def _check_libraries() -> None:
 
 
 def _check_own(args: argparse.Namespace) -> None:
+    if is_distributed_env():
+        raise UsageError("started by torchrun or the like: each run is one process; start it plain")
     for name in ("variants", "drop_paths"):
         values = getattr(args, name) or []
         double = next((v for i, v in enumerate(values) if v in values[:i]), None)
         if double is not None:
-            raise UsageError(f"--{name.replace('_', '-')}: {double} is given twice")
+            raise UsageError(f"{flag(name)}: {double} is given twice")
     for variant in args.variants:
         if variant not in VARIANTS:
             near = nearest(variant, VARIANTS) or f"; there are {', '.join(VARIANTS)}"
@@ -184,7 +202,7 @@ def _check_own(args: argparse.Namespace) -> None:
     for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 1)):
         if getattr(args, name) < least:
             value = getattr(args, name)
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+            raise UsageError(f"{flag(name)} {value}: must be {least} or more")
     if MATCHED in args.variants and args.match == "time":
         for needed in ("droppath", "rdp"):
             if needed not in args.variants:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from tqdm import tqdm
 
 from timm_rdp.training.checkpoint import check_checkpoints
 from timm_rdp.training.checks import flag
@@ -129,9 +130,10 @@ def read_grid(output: Path) -> dict[str, Any] | None:
     """
     try:
         grid = json.loads((output / GRID).read_text())
-        for name, kind in (("options", dict), ("match", str), ("costs", dict)):
-            if not isinstance(grid[name], kind):
-                raise ValueError(name)
+        for name in ("options", "versions", "data", "costs", "matched_epochs"):
+            if not isinstance(grid[name], dict):
+                raise ValueError(f"{name} is no mapping")
+        grid["match"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -149,6 +151,8 @@ def same_grid(
 ) -> dict[str, Any]:
     """The grid that the output folder holds, or a new one.
 
+    Tells where it was begun with another version of torch or timm.
+
     Args:
         output: the folder, which need not exist.
         options: shared by all runs.
@@ -160,6 +164,7 @@ def same_grid(
     """
     grid = read_grid(output)
     own = identity(options)
+    versions = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if grid is None:
         there = [name for name in ("runs", *written) if (output / name).exists()]
         if there:
@@ -167,8 +172,6 @@ def same_grid(
                 f"--output {output}: holds {there[0]}, but no {GRID} that says of which grid; "
                 "name another folder"
             )
-        versions = {"timm": timm.__version__, "torch": torch.__version__}
-        versions |= {"python": platform.python_version()}
         return {
             "options": own,
             "match": match,
@@ -184,6 +187,13 @@ def same_grid(
             raise UsageError(
                 f"--output {output}: holds another grid ({flag(name)} {then.get(name)} there, "
                 f"{now.get(name)} here); name another folder"
+            )
+    for name, version in versions.items():
+        if grid["versions"].get(name) != version:
+            print(
+                f"timm-rdp compare: {output} was begun with {name} {grid['versions'].get(name)}, "
+                f"this is {version}: results may differ",
+                file=sys.stderr,
             )
     return grid
 
@@ -220,9 +230,8 @@ def check_runs(
     check_limits(first)
     check_data(first)
     check_checkpoints(first)
-    for rate, args in parsed.items():
-        if _key(rate) in grid["costs"]:
-            continue
+    new = [(rate, args) for rate, args in parsed.items() if _key(rate) not in grid["costs"]]
+    for rate, args in tqdm(new, desc="counting what runs cost", disable=None, leave=False):
         model, data_config, batches = build_on_meta(args)
         grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
         grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}

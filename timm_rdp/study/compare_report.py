@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
+_TONE_OF = dict(zip(VARIANTS, (5, 1, 2, 3, 0, 4), strict=True))
 MEASURED = ("top1", "eval_loss", "train_loss")
 
 
@@ -252,7 +253,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _interval(m: Mean, form: str) -> str:
     if m.n == 1:
-        return "none: one seed"
+        return "(one seed: none)"
     return "" if m.low is None else f"[{m.low:{form}}, {m.high:{form}}]"
 
 
@@ -303,13 +304,18 @@ def _notes(
         "0.05 counts as a difference.",
         "FLOPs are those of forward and backward passes, counted operation by operation and "
         "averaged over drop masks, for all epochs; relative is to droppath. Dropped paths are not "
-        "run by rdp and droppath-batch, but are by timm's droppath.",
+        "run by rdp and droppath-batch, but are by timm's droppath. Time is the median run's, "
+        "training and validation without the start of the process.",
     ]
     if any(row.variant == MATCHED for row in rows):
-        what = {"flops": "FLOPs as counted", "updates": "optimizer updates", "time": "time"}
+        what = {
+            "flops": "by counted FLOPs",
+            "updates": "by optimizer updates",
+            "time": "by measured time",
+        }
         notes.append(
-            f"droppath-matched is droppath for as many epochs as cost the {what[grid['match']]} of "
-            "rdp, and never fewer than droppath's."
+            "droppath-matched is droppath with as many --epochs as cost what rdp costs, "
+            f"{what[grid['match']]}, and never fewer than the others."
         )
     return [line for note in notes for line in (note, "")][:-1]
 
@@ -349,6 +355,7 @@ def draw(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> "Figure":
         axes.margins(x=0.08)
     for axes in grid_of_axes[len(rates) :]:
         axes.set_visible(False)
+    _limit_height(grid_of_axes[0], [row for row in rows if row.top1.n])
     for axes in grid_of_axes[: len(rates) : columns]:
         axes.set_ylabel(f"top-1, {pick} epoch (%)")
     if labelled:
@@ -362,19 +369,16 @@ def draw(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> "Figure":
 
 
 def _draw_variant(axes: "Axes", row: Row, place: float) -> dict[str, Any]:
+    from matplotlib.transforms import ScaledTranslation
+
     index = VARIANTS.index(row.variant)
-    colour, marker = TONES[index % len(TONES)], MARKERS[index % len(MARKERS)]
+    colour, marker = TONES[_TONE_OF[row.variant]], MARKERS[index]
     values = [r.top1 for r in row.results if r.status == DONE]
-    axes.plot(
-        [place] * len(values),
-        values,
-        marker,
-        color=colour,
-        alpha=0.35,
-        markersize=5,
-        markeredgewidth=0,
-    )
+    dots = dict(linestyle="", marker=marker, alpha=0.5, markersize=4.5, markeredgewidth=0)
+    axes.plot([place] * len(values), values, color=colour, **dots)
     half = None if row.top1.low is None else row.top1.high - row.top1.mean
+    # The mean stands beside its dots, a few points to the right.
+    beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
     handle = axes.errorbar(
         place,
         row.top1.mean,
@@ -382,17 +386,30 @@ def _draw_variant(axes: "Axes", row: Row, place: float) -> dict[str, Any]:
         color=colour,
         marker=marker,
         markersize=7,
-        markeredgecolor="white",
         capsize=3,
         linewidth=1.2,
+        transform=beside,
     )
     return {row.variant: handle}
+
+
+def _limit_height(axes: "Axes", rows: Sequence[Row]) -> None:
+    """Where there are so few seeds that intervals dwarf the dots, the dots decide."""
+    values = [r.top1 for row in rows for r in row.results if r.status == DONE]
+    if not values:
+        return
+    edges = [e for row in rows for e in (row.top1.low, row.top1.high) if e is not None]
+    span = max(values) - min(values) or 1.0
+    low = max(min([*values, *edges]), min(values) - 1.5 * span)
+    high = min(max([*values, *edges]), max(values) + 1.5 * span)
+    margin = 0.06 * (high - low or 1.0)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _side_by_side(places: Sequence[float]) -> list[float]:
     """Move places that would lie on each other apart, evenly around where they are."""
     span = max(places) - min(places) if places else 0.0
-    near = 0.03 * (span or 1.0)
+    near = 0.05 * (span or 1.0)
     order = sorted(range(len(places)), key=lambda i: (places[i], i))
     groups: list[list[int]] = []
     for i in order:

@@ -31,8 +31,10 @@ _NAME = re.compile(rf"({'|'.join(VARIANTS)})(?:-([0-9][0-9.e-]*))?-seed(\d+)")
 _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is not a finite)")
 _NEVER = 1_000_000_000  # cycles until a complement iteration, of which there are to be none
 _POLL = 0.2  # seconds
-# Exit statuses of a run that was stopped, not by us, before or after it could save what it has.
-_STOPPED = (0, 130, 143, -signal.SIGINT, -signal.SIGTERM)
+_SAME_SIGNAL = 1.0  # seconds within which a second signal is taken for the same one
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Exit statuses of a run that somebody else stopped, before or after it could save what it has.
+_STOPPED = (0, *(128 + number for number in _SIGNALS), *(-number for number in _SIGNALS))
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ def run_jobs(
 ) -> int:
     """Do the jobs, one process each, as many at a time as there are environments.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the runs, which save what they have, and no more
-    are begun; a second signal kills them.
+    Signals that ask to stop are passed on to the runs, which save what they have, and no more are
+    begun; a second signal kills them.
 
     Args:
         jobs: in the order in which they begin.
@@ -225,16 +227,18 @@ def run_jobs(
     Returns:
         the signal that stopped them, else 0
     """
-    waiting, active, stop = deque(jobs), {}, 0
+    waiting, stop, stopped_at = deque(jobs), 0, 0.0
+    active: dict[int, _Attempt] = {}
 
     def forward(number: int, _: Any) -> None:
-        nonlocal stop
+        nonlocal stop, stopped_at
+        if stop and time.monotonic() - stopped_at < _SAME_SIGNAL:
+            return
         for attempt in active.values():
             attempt.process.send_signal(signal.SIGKILL if stop else _passed_on(number))
-        stop = stop or number
+        stop, stopped_at = stop or number, stopped_at or time.monotonic()
 
-    caught = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
-    previous = {number: signal.signal(number, forward) for number in caught}
+    previous = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
         while active or (waiting and not stop):
             for slot, environment in enumerate(environments):
@@ -257,6 +261,13 @@ def run_jobs(
     return stop
 
 
+def training_command(job: Job, output: Path) -> list[str]:
+    """The command line of a run."""
+    command = [sys.executable, "-m", "timm_rdp.cli", "train", "-c", str(output / RECIPE)]
+    command += ["--output", str(output / "runs"), "--experiment", job.run.name]
+    return [*command, "--resume", "auto", *job.flags]
+
+
 def _passed_on(number: int) -> int:
     return number if number == signal.SIGINT else signal.SIGTERM
 
@@ -265,13 +276,10 @@ def _start(job: Job, output: Path, environment: Mapping[str, str], lock: int) ->
     folder, log = output / "runs" / job.run.name, output / "runs" / f"{job.run.name}.log"
     (output / "runs" / f"{job.run.name}.json").unlink(missing_ok=True)
     first = not folder.exists()
-    command = [sys.executable, "-m", "timm_rdp.cli", "train", "-c", str(output / RECIPE)]
-    command += ["--output", str(output / "runs"), "--experiment", job.run.name]
-    command += ["--resume", "auto", *job.flags]
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
-            command,
+            training_command(job, output),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
