@@ -248,6 +248,59 @@ def test_a_forward_unlike_the_traced_one_is_named_and_leaves_nothing_behind():
     assert rdp.iteration().phase == "complement"
 
 
+@pytest.mark.parametrize("seen", [2, 3])
+def test_a_path_that_is_called_more_often_than_traced_is_named(seen):
+    model = CalledByWidth()
+    rdp = ResidualDropPath(model, example_input=torch.ones(2, 1))
+    assert [p.name for p in rdp.paths] == ["drop_path"]
+    for width in (seen, (1, seen), (seen, 1)):  # of the micro-batches of an iteration
+        with pytest.raises(RuntimeError, match="not called once") as error, rdp.iteration():
+            for each in np.atleast_1d(width):
+                model(torch.ones(2, each, requires_grad=True)).sum().backward()
+        assert one_line(error, "drop_path", "example_input")
+        assert all(p.requires_grad for p in model.parameters())
+        assert rdp.iteration().cycle == 0
+    with rdp.iteration():
+        for _ in range(seen):
+            model(torch.ones(2, 1, requires_grad=True)).sum().backward()
+    assert rdp.state_dict()["cycle"] == 1 or rdp.state_dict()["phase"] == "complement"
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["test_vit", "cait_xxs24_224"])
+def test_forwards_however_they_are_made_are_counted_as_such(name, checkpointed):
+    model = small_model(name)
+    model.set_grad_checkpointing(checkpointed)
+    rdp = ResidualDropPath(model)
+    images, _ = batch(name)
+    for _ in range(2):
+        for it in rdp.cycle():
+            with it:
+                loss = model(images).sum() + model(images[:1]).sum()
+                model.eval()(images)
+                model.train()
+                loss = loss + model.forward_head(model.forward_features(images)).sum()
+                loss.backward()
+                model(images).sum().backward()
+                with torch.no_grad():
+                    model(images)
+    assert rdp.iteration().cycle == 2
+
+
+def test_a_forward_that_was_interrupted_does_not_spoil_the_next():
+    model = CalledByWidth()
+    rdp = ResidualDropPath(model, example_input=torch.ones(2, 3))
+    with rdp.iteration() as it:
+        hook = model.linears[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.ones(2, 3))
+        hook.remove()
+        model(torch.ones(2, 3)).sum().backward()
+        (module,) = {p.module for p in rdp.paths}
+        assert [bool(mask) for mask in module.masks] == list(rdp.masks.values())
+    assert (it.phase, rdp.iteration().phase) == ("droppath", "complement")
+
+
 # State.
 
 

@@ -33,7 +33,7 @@ class MaskedDropPath(DropPath):
     _decisions: tuple[Decision, ...] | None = None
     _weights: tuple[Tensor | None, ...] | None = None  # the decisions, as compiled code reads them
     _calls = 1  # calls per forward
-    _call = 0  # index of the next call
+    _call = 0  # calls since the forward began
     _recompute = (-1, 0)  # backward pass that recomputes this module, index of the next call in it
     _record: list | tuple = ()
     _batch: Mapping[int, tuple] = MappingProxyType({})  # of calls not run, see OneSample
@@ -97,9 +97,8 @@ class MaskedDropPath(DropPath):
         backward = torch._C._current_graph_task_id()
         if backward == -1:
             call = self._call
-            if self._calls > 1:
-                self._call = (call + 1) % self._calls
-            return call, True
+            self.__dict__["_call"] = call + 1  # nn.Module's own __setattr__ is slow
+            return call % self._calls, True
         if self._calls == 1:
             return 0, False
         seen = self._recompute[1] if self._recompute[0] == backward else 0

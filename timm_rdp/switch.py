@@ -47,6 +47,7 @@ class Switch:
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._added: list[Any] = []  # hooks of this iteration
         self._paths = {p.name: p for p in graph.paths}
+        self._count = _CountCalls(modules)
         self.skip = True  # whether dropped paths are not run, where that can be done
         for module, calls in self._calls.items():
             patch(module, calls, weakref.ref(owner))
@@ -100,6 +101,9 @@ class Switch:
                 hook = OneSample(path.module, path.call, run=not self.skip)
                 for entrance in path.entrances:
                     self._added.append(self._modules[entrance].register_forward_pre_hook(hook))
+            self._count.odd = None
+            self._added.append(self._model.register_forward_pre_hook(self._count.begin))
+            self._added.append(self._model.register_forward_hook(self._count.end))
         self._trainable = trainable
         for name, parameter in self.parameters.items():
             if name not in trainable:
@@ -130,10 +134,13 @@ class Switch:
 
     def miscalled(self) -> str | None:
         """A DropPath that was not called as often per forward as when the model was traced."""
-        for name, module in self._drop_paths.items():
-            if module._call:
-                return f"{name} was not called {module._calls} times per forward"
-        return None
+        # The last forward may have been no call of the model, but of its forward_features(), say.
+        odd = (n for n, m in self._drop_paths.items() if m._call % m._calls)
+        name = self._count.odd or next(odd, None)
+        if name is None:
+            return None
+        calls = self._drop_paths[name]._calls
+        return f"{name} was not called {'once' if calls == 1 else f'{calls} times'} per forward"
 
     def remove(self) -> None:
         """Give the DropPaths their class back and remove every hook."""
@@ -172,3 +179,28 @@ class Switch:
             else:
                 self._resting.append(module)
                 self._added.append(module.register_forward_pre_hook(Rest()))
+
+
+class _CountCalls:
+    """Hooks that compare how often a forward calls each DropPath with what was traced.
+
+    Args:
+        drop_paths: by name; none in a copy of the model, where the hooks do nothing.
+    """
+
+    def __init__(self, drop_paths: Mapping[str, DropPath] | None = None):
+        self._drop_paths = drop_paths or {}
+        self.odd: str | None = None  # name of one that was called more often, or fewer but some
+
+    def begin(self, *_: object) -> None:
+        for module in self._drop_paths.values():
+            module.__dict__["_call"] = 0
+
+    def end(self, *_: object) -> None:
+        for name, module in self._drop_paths.items():
+            if module._call not in (0, module._calls):
+                self.odd = name
+                return
+
+    def __reduce__(self) -> tuple:
+        return (_CountCalls, ())
