@@ -282,7 +282,8 @@ def _settle_by_time(
     """Match droppath to the time that rdp took, the median of the runs that were timed."""
     seconds = {}
     for variant in ("droppath", "rdp"):
-        records = [read_record(output, run) for run in all_runs(output, variant, rate)]
+        runs = [r for r in all_runs(output) if (r.variant, r.drop_path) == (variant, rate)]
+        records = [read_record(output, run) for run in runs]
         times = [r["seconds"] for r in records if r["status"] == DONE and r["seconds"] is not None]
         if not times:
             print(
