@@ -583,6 +583,12 @@ REFUSED = {
         "3 DropPaths",
         "use another one",
     ),
+    "paths that carry nothing": (  # only the input of its shortcuts passes through them
+        lambda: timm.create_model("resnest14d", drop_path_rate=0.1, num_classes=2),
+        "ResNet",
+        "none of its 3 paths carries a parameter (without layer2.0.drop_path all still reach",
+        "use another one",
+    ),
     "all rates zero": (with_all_rates_zero, "VisionTransformer", "10 paths", "drop_path_rate=0.1"),
     "wrapped in DataParallel": (
         lambda: torch.nn.DataParallel(small_model("test_vit")),

@@ -13,7 +13,7 @@ from timm_rdp.skip import OneSample
 
 # Blocks of different makes; with `-m slow` all families.
 BY_DEFAULT = {"cait", "convnext", "efficientnet", "levit", "mlp_mixer", "resnet", "twins"}
-MODELS = {**FAMILIES, **KINDS, "resnest": ("resnest14d", 64, {})}
+MODELS = {**FAMILIES, **KINDS}
 
 
 def marks_of(family):

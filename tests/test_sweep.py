@@ -16,10 +16,11 @@ pytestmark = pytest.mark.sweep
 
 # These make tensors with values when they are created or run, which meta has not.
 NEEDS_VALUES = ("csatv2", "tresnet")
-# Some paths carry nothing by themselves: timm's resnest passes the input of its shortcut through
-# the DropPath (see test_families.py), the branches of coat share their parameters, and the mixer of
-# efficientvim hands its state on beside the path.
-CARRIES_NOTHING = ("resnest", "coat_mini", "coat_small", "coat_tiny", "efficientvim")
+# Some paths carry nothing by themselves: the branches of coat share their parameters, and the mixer
+# of efficientvim hands its state on beside the path.
+CARRIES_NOTHING = ("coat_mini", "coat_small", "coat_tiny", "efficientvim")
+# timm's resnest passes only the input of its shortcuts through the DropPaths (see test_families.py).
+NONE_CARRIES_A_PARAMETER = ("resnest",)
 # Models that take a rate, and yet have no path that could be dropped for a whole batch.
 NEVER_CALLS_A_DROP_PATH = ("lcnet_", "mobilenetv1_", "test_efficientnet")
 NONE_AROUND_A_RESIDUAL = ("ese_vovnet19b_", "vovnet39a", "vovnet57a")
@@ -66,6 +67,9 @@ def sweep(name):
         if "no DropPath is called in its forward" in str(e):
             assert name.startswith(NEVER_CALLS_A_DROP_PATH)
             return ["accept a rate", "never call a DropPath"]
+        if re.search(r"none of its \d+ paths carries a parameter", str(e)):
+            assert name.startswith(NONE_CARRIES_A_PARAMETER)
+            return ["accept a rate", "have no path that carries a parameter"]
         assert re.search(r"none of its \d+ DropPaths is around a residual", str(e))
         assert name.startswith(NONE_AROUND_A_RESIDUAL)
         return ["accept a rate", "have no DropPath around a residual"]
@@ -101,7 +105,11 @@ def test_every_model_yields_its_paths_or_the_documented_error(capsys):
             print(f"{count:5d} {what}", file=sys.stderr)
     assert failures == []
     assert counts["accept a rate"] + counts["take no drop_path_rate"] == len(models)
-    errors = counts["never call a DropPath"] + counts["have no DropPath around a residual"]
+    errors = (
+        counts["never call a DropPath"]
+        + counts["have no DropPath around a residual"]
+        + counts["have no path that carries a parameter"]
+    )
     assert counts["yield paths"] + errors == counts["accept a rate"]
     assert counts["yield paths"] > 0.97 * counts["accept a rate"]
     if timm.__version__ == "1.0.31":
@@ -109,3 +117,4 @@ def test_every_model_yields_its_paths_or_the_documented_error(capsys):
         assert counts["accept a rate"] == 1258
         assert counts["never call a DropPath"] == 12
         assert counts["have no DropPath around a residual"] == 5
+        assert counts["have no path that carries a parameter"] == 8

@@ -84,8 +84,8 @@ class ResidualDropPath:
             default an image of the size that the model says it takes.
 
     Raises:
-        ValueError: the model has no residual path that can be dropped, cannot be traced or is
-            already patched; or an argument is out of its range.
+        ValueError: the model has no residual path that can be dropped or none that carries a
+            parameter, cannot be traced or is already patched; or an argument is out of its range.
 
     Source: arXiv 2411.09475.
     """
@@ -104,6 +104,13 @@ class ResidualDropPath:
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
         _check_droppable(self.model, self.paths, self.non_residual)
+        if not self.dropped_part(p.name for p in self.paths):
+            raise ValueError(
+                f"{type(self.model).__name__} has no residual path that can be dropped: none of "
+                f"its {len(self.paths)} paths carries a parameter (without {self.paths[0].name} "
+                "all still reach the output), so that no complement iteration would train "
+                "anything: use another one"
+            )
 
         self.masks: dict[str, bool] = {}
         self._cycle = 0
