@@ -174,7 +174,7 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
         return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1_000)[
             1
         ]
-    except ValueError as error:
+    except (AssertionError, ValueError) as error:
         raise UsageError(f"--sched {args.sched} with --epochs {epochs}: {error}") from None
 
 
@@ -186,5 +186,5 @@ def matched_epochs(args: argparse.Namespace, ratio: float) -> int:
         ratio: cost of an rdp run over that of a droppath run.
     """
     wanted = ratio * total_epochs(args, args.epochs)
-    candidates = range(args.epochs, math.ceil(args.epochs * max(1.0, ratio)) + 2)
+    candidates = range(args.epochs, max(args.epochs, math.ceil(wanted)) + 1)
     return min(candidates, key=lambda epochs: abs(total_epochs(args, epochs) - wanted))

@@ -213,7 +213,7 @@ def check_runs(
     """
     if options.val_split == "":
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
-    if total_epochs(options, options.epochs) < 1:
+    if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / RECIPE
