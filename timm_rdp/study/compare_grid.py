@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from tqdm import tqdm
 
 from timm_rdp.training.checkpoint import check_checkpoints
 from timm_rdp.training.checks import flag
@@ -231,7 +230,7 @@ def check_runs(
     check_data(first)
     check_checkpoints(first)
     new = [(rate, args) for rate, args in parsed.items() if _key(rate) not in grid["costs"]]
-    for rate, args in tqdm(new, desc="counting what runs cost", disable=None, leave=False):
+    for rate, args in new:
         model, data_config, batches = build_on_meta(args)
         grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
         grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
