@@ -78,3 +78,29 @@ def refused(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture
+def fault(record_property) -> Callable[..., None]:
+    """To be called at the end of a test: the fault that it survived, and how often."""
+
+    def survived(name: str, times: int = 1) -> None:
+        record_property("fault", (name, times))
+
+    return survived
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """A table of the faults that were injected and survived."""
+    survived: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for key, value in report.user_properties:
+            if key == "fault":
+                survived[value[0]] = survived.get(value[0], 0) + value[1]
+    lost = [r.nodeid for r in terminalreporter.stats.get("failed", []) if "test_faults" in r.nodeid]
+    if not survived and not lost:
+        return
+    terminalreporter.section("faults injected and survived")
+    for name, times in sorted(survived.items()):
+        terminalreporter.write_line(f"{times:>5}  {name}")
+    terminalreporter.write_line(f"{sum(survived.values()):>5}  in all, {len(lost)} lost")

@@ -4,17 +4,17 @@ import os
 import signal
 
 import pytest
-import torch
 from core_helpers import same_bits
-from runs import RESNET, VIT, checkpoint, flags, rows, run
+from runs import RESNET, VIT, checkpoint, flags, run
 
-from timm_rdp.training import evaluate, loop, train
+from timm_rdp.training import loop, train
 
 EVERYTHING = (
-    "--mixup 0.4 --cutmix 0.5 --reprob 0.4 --drop 0.1 --drop-path 0.5 --grad-accum-steps 2 "
-    "--sched-on-updates --warmup-epochs 1 --model-ema --model-ema-warmup --epochs 3 --clip-grad 1 "
-    "--aa rand-m5-n1 --color-jitter 0.3"
-).split()
+    *("--mixup", 0.4, "--cutmix", 0.5, "--reprob", 0.4, "--drop", 0.1, "--drop-path", 0.5),
+    *("--grad-accum-steps", 2, "--sched-on-updates", "--warmup-epochs", 1, "--epochs", 3),
+    *("--model-ema", "--model-ema-warmup", "--clip-grad", 1, "--aa", "rand-m5-n1"),
+    *("--color-jitter", 0.3),
+)
 CASES = {
     "same": (*VIT, *EVERYTHING, "--rdp"),
     "next": (*VIT, *EVERYTHING, "--rdp", "--rdp-batch", "next"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -323,6 +324,22 @@ class _StateOfRun:
         return state if ema else {**state, **self._run_state()}
 
 
+class _NotingFile(io.FileIO):
+    """A file that keeps its error: torch reports that a write failed, but not why."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view, total = memoryview(data).cast("B"), 0
+        try:
+            while total < len(view):
+                total += super().write(view[total:])
+        except OSError as error:
+            self.error = error
+            raise
+        return total
+
+
 class Saver(utils.CheckpointSaver):
     """timm's CheckpointSaver, writing so that no interruption loses what was there.
 
@@ -334,24 +351,36 @@ class Saver(utils.CheckpointSaver):
 
     def __init__(self, *, task: TrainingTask, run_state: Callable[[], dict], **kwargs: Any):
         super().__init__(task=_StateOfRun(task, run_state), **kwargs)
+        self._last_is_written = False
+
+    def finish(self, epoch: int, metric: float | None) -> None:
+        """Do what `save_checkpoint` does once it has written `last`, which is there already."""
+        self._last_is_written = True
+        self.save_checkpoint(epoch, metric)
+        self._last_is_written = False
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        if self._last_is_written:
+            return
         # The paths that arrive here are temporary; timm's _replace gives them their name.
+        file = None
         try:
-            with open(save_path, "wb") as file:
+            with _NotingFile(save_path, "wb") as file:
                 super()._save(file, epoch, metric)
-                file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 os.unlink(save_path)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            cause = (file and file.error) or error
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise TrainingError(
                 f"the checkpoint of epoch {epoch} cannot be written to {save_path} ({reason}); "
                 "those from before are intact: make room and --resume"
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
+        if self._last_is_written:
+            return
         os.replace(src, dst)  # timm unlinks first: a moment without any checkpoint
 
     def _duplicate(self, src: str, dst: str) -> None:
@@ -368,8 +397,27 @@ class Saver(utils.CheckpointSaver):
 def restore_history(saver: Saver, checkpoint: dict, path: str) -> None:
     """Go on ranking the checkpoints of the folder that the run is resumed into."""
     state = checkpoint.get("saver")
-    if state and os.path.realpath(os.path.dirname(path)) == os.path.realpath(saver.checkpoint_dir):
+    folder, name = os.path.split(os.path.realpath(path))
+    if not state or folder != os.path.realpath(saver.checkpoint_dir):
+        return
+    pending = state.get("pending", (None, None))
+    if name == "last.pth.tar" and pending[0] is not None:
+        # What followed the writing of `last` may have been cut short: it is done again.
+        known = [entry for entry in state["checkpoint_files"] if f"-{pending[0]}." not in entry[0]]
+        saver.load_state_dict({**state, "checkpoint_files": known, "pending": (None, None)})
+        saver.finish(*pending)
+    elif pending[1] is None:
+        saver.load_state_dict({**state, "pending": (None, None)})  # a recovery is not ranked
+    else:
         saver.load_state_dict(state)
+    recoveries = Path(folder).glob("recovery-*.pth.tar")
+    *old, saver.prev_recovery_file, saver.curr_recovery_file = [
+        "",
+        "",
+        *map(str, sorted(recoveries, key=lambda p: p.stat().st_mtime_ns)),
+    ]
+    for file in filter(None, old):
+        os.unlink(file)
 
 
 def all_finite(module: nn.Module) -> bool:

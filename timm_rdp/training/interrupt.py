@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import re
 import signal
@@ -10,19 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-_logger = logging.getLogger(__name__)
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what its scheduler has already sent to every process.
 _SAME_SIGNAL_S = 1.0
 _WORKER_GRACE_S = 20
-_MISSING_AFTER = timedelta(seconds=10)
+_BEAT_S = 1.0
+_COMMUNICATION = r"gloo|nccl|connection|socket|broken pipe|timed out|timeout|tcpstore"
 
 
 class Stopped(Exception):
@@ -49,9 +47,11 @@ class Interruption:
         self._group: Any = None
         self._work: Any = None
         self._flag: torch.Tensor | None = None
+        self._heart: _Heart | None = None
         if distributed:
             # On gloo whatever the backend is, so that nobody waits for an accelerator.
             self._group = dist.new_group(backend="gloo")
+            self._heart = _Heart()
 
     @contextmanager
     def handling(self) -> Iterator[None]:
@@ -100,21 +100,70 @@ class Interruption:
         )
         return decision
 
-    def missing_ranks(self) -> str:
-        """Which ranks no longer answer, after an error that may be due to them; '' if all do."""
-        if self._group is None:
+    def missing_ranks(self, error: RuntimeError) -> str:
+        """Which ranks are gone, where an error is one of communication; '' where it is not."""
+        if self._heart is None or not re.search(_COMMUNICATION, str(error), re.IGNORECASE):
             return ""
-        try:
-            dist.monitored_barrier(self._group, timeout=_MISSING_AFTER, wait_all_ranks=True)
-        except RuntimeError as error:
-            found = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
-            if found:
-                return found.group(1).strip()
-            return "0" if dist.get_rank() else "unknown"
-        return ""
+        return self._heart.stopped_ranks()
 
     def close(self) -> None:
         """Wait for what is under way; before the process group is destroyed."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+        if self._heart is not None:
+            self._heart.stop()
+
+
+class _Heart:
+    """Tells the other ranks that this one lives, even while it waits for one that does not.
+
+    An error of communication does not say whom it is about: a rank that lives may have failed for
+    the same reason, or have ended because of it.
+    """
+
+    def __init__(self):
+        # A connection of its own: the process group's may be waiting.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._stop = threading.Event()
+        self._beats = 0
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, and the run with it
+            while not self._stop.wait(_BEAT_S):
+                self._beat()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"timm_rdp/beats/{self._rank}", str(self._beats))
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def stopped_ranks(self) -> str:
+        """The ranks whose heart has stopped, as text."""
+        try:
+            if not self._store.check(["timm_rdp/stopped"]):
+                before = self._read()
+                time.sleep(4 * _BEAT_S)
+                after = self._read()
+                stopped = [rank for rank in after if after[rank] == before[rank]]
+                if stopped and not self._store.check(["timm_rdp/stopped"]):
+                    self._store.set("timm_rdp/stopped", ", ".join(map(str, stopped)))
+                # The store may live in this process, and the others are yet to read it.
+                time.sleep(2 * _BEAT_S)
+            if self._store.check(["timm_rdp/stopped"]):
+                return self._store.get("timm_rdp/stopped").decode()
+        except RuntimeError:
+            return "0"  # which has the store
+        return ""
+
+    def _read(self) -> dict[int, bytes]:
+        ranks = range(self._world_size)
+        return {rank: self._store.get(f"timm_rdp/beats/{rank}") for rank in ranks}

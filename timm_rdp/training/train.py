@@ -54,8 +54,8 @@ from timm_rdp.training.outputs import (
 )
 from timm_rdp.training.position import (
     make_resumable,
-    restore_position,
     restore_plateau,
+    restore_position,
     state_of_rank,
     state_of_run,
 )
@@ -100,6 +100,7 @@ def set_up(args: argparse.Namespace) -> Run:
     text = args_text(args)
     check_limits(args)
     check_data(args)
+    automatic = args.resume == "auto"
     find_newest(args)
     check_checkpoints(args)
     device = _setup_device(args)
@@ -155,7 +156,7 @@ def set_up(args: argparse.Namespace) -> Run:
     _continue_at(run, checkpoint)
     run.progress = Progress(args)
     if utils.is_primary(args):
-        _open_outputs(run, experiment_name(args, data_config), text, checkpoint)
+        _open_outputs(run, experiment_name(args, data_config), text, checkpoint, automatic)
         if args.resume:
             within = f", update {run.updates_done}" if run.resumed_losses else ""
             _logger.info(
@@ -191,7 +192,7 @@ def fit(run: Run) -> int:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             what = str(error).splitlines()[0]
-        elif missing := run.interruption.missing_ranks():
+        elif missing := run.interruption.missing_ranks(error):
             what = f"rank {missing} of {run.args.world_size} no longer answers"
         else:
             raise
@@ -401,7 +402,7 @@ def _continue_at(run: Run, checkpoint: dict) -> None:
         _logger.info(f"Scheduled epochs: {run.num_epochs}. LR stepped per {unit}.")
 
 
-def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict) -> None:
+def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict, automatic: bool) -> None:
     args = run.args
     if args.log_wandb:
         run.wandb = start_wandb(args, experiment)
@@ -420,7 +421,9 @@ def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict) -> Non
     )
     if checkpoint:
         restore_history(run.saver, checkpoint, args.resume)
-    run.summary = Summary(run.output_dir, run.first_epoch, resumed=bool(args.resume))
+    # What a run left that ended before its first checkpoint is not kept by --resume auto.
+    resumed = bool(args.resume) or automatic
+    run.summary = Summary(run.output_dir, run.first_epoch, resumed)
 
 
 def _state_of_run(run: Run) -> dict:
