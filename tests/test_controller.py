@@ -486,6 +486,24 @@ def test_an_overflow_that_skips_the_attached_step_repeats_the_same_iteration():
     ]
 
 
+def test_an_iteration_entered_by_hand_is_ended_by_hand_though_attached():
+    model = small_model("test_vit")
+    optimizer = adamw(model)
+    rdp = ResidualDropPath(model, seed=4).attach(optimizer)
+    for i in range(4):
+        for it in rdp.cycle():
+            with it:
+                update(model, optimizer, start=4 * i)
+                assert rdp.iteration().phase == it.phase
+                with pytest.raises(RuntimeError, match="within an iteration"):
+                    rdp.detach()
+        assert rdp.iteration().cycle == i + 1
+        update(model, optimizer)  # by the hooks
+        update(model, optimizer)
+        assert rdp.iteration().cycle == i + 2
+        rdp.load_state_dict({**rdp.state_dict(), "cycle": i + 1})
+
+
 def test_attach_refuses_what_it_cannot_follow():
     model = small_model("test_vit")
     rdp = ResidualDropPath(model)

@@ -47,8 +47,10 @@ class Iteration:
         self.cycle = cycle
         self.dropped = dropped
         self.trainable = trainable
+        self._entered = False  # with `with`, which then ends it, whatever is attached
 
     def __enter__(self) -> "Iteration":
+        self._entered = True
         self._rdp._enter(self)
         return self
 
@@ -205,7 +207,6 @@ class ResidualDropPath:
             it = self.iteration()
             if it.cycle != cycle:
                 return
-            it._entered = False
             yield it
             if not it._entered:
                 raise RuntimeError(f"{it} was not entered: run it within `with it:`")
@@ -219,7 +220,7 @@ class ResidualDropPath:
         if self._switch is None:
             return self.model
         if self._active is not None:
-            if self._optimizer is None:
+            if self._active._entered:
                 raise RuntimeError("detach() within an iteration: leave its `with` block first")
             self._leave(completed=False)
         for hook in self._hooks:
@@ -308,7 +309,7 @@ class ResidualDropPath:
         ]
 
     def _end_iteration(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._active is not None:
+        if self._active is not None and not self._active._entered:
             # A fused optimizer under GradScaler skips an overflow within its step.
             overflow = getattr(optimizer, "found_inf", None)
             self._leave(completed=overflow is None or not overflow.item())
@@ -319,7 +320,6 @@ class ResidualDropPath:
 
     def _enter(self, it: Iteration) -> None:
         self._check_in_use()
-        it._entered = True
         if self._active is not None:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
         if (it.cycle, it.phase) != (self._cycle, self._phase):
