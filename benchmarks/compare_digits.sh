@@ -7,10 +7,10 @@ vit="--model test_vit --img-size 8 --model-kwargs embed_dim=64 depth=6 num_heads
 resnet="--model resnet18 --img-size 16 --model-kwargs channels=[16,24,32,48] layers=[3,3,3,3]"
 all="-c configs/demo_digits.yaml --warmup-epochs 2 --batch-size 64"
 few="-c configs/demo_digits.yaml --warmup-epochs 5 --batch-size 32 --data-dir output/digits300"
-grid="--variants plain droppath droppath-batch droppath-matched rdp rdp-next --drop-paths 0.1 0.3
-    --seeds 5 --first-seed 100 --jobs 2 --val-interval 1000 --checkpoint-hist 1"
+grid="--drop-paths 0.1 0.3 --seeds 5 --first-seed 100 --jobs 2 --val-interval 1000
+    --checkpoint-hist 1 --variants plain droppath droppath-matched rdp rdp-next"
 
-timm-rdp compare $few $grid $resnet --lr 2e-3 --epochs 50 --output output/compare/resnet_300
-timm-rdp compare $few $grid $vit --lr 1e-3 --epochs 100 --output output/compare/vit_300
-timm-rdp compare $all $grid $resnet --lr 2e-3 --epochs 15 --output output/compare/resnet_all
-timm-rdp compare $all $grid $vit --lr 1e-3 --epochs 40 --output output/compare/vit_all
+timm-rdp compare $few $grid droppath-batch $resnet --lr 2e-3 --epochs 50 --output output/compare/resnet_300
+timm-rdp compare $few $grid droppath-batch $vit --lr 1e-3 --epochs 80 --output output/compare/vit_300
+timm-rdp compare $all $grid $resnet --lr 2e-3 --epochs 12 --output output/compare/resnet_all
+timm-rdp compare $all $grid $vit --lr 1e-3 --epochs 30 --output output/compare/vit_all
