@@ -1,8 +1,10 @@
 """Every model of timm either yields its paths or gives the documented error."""
 
 import collections
+import json
 import re
 import sys
+import time
 import warnings
 
 import pytest
@@ -19,11 +21,26 @@ NEEDS_VALUES = ("csatv2", "tresnet")
 # Some paths carry nothing by themselves: the branches of coat share their parameters, and the mixer
 # of efficientvim hands its state on beside the path.
 CARRIES_NOTHING = ("coat_mini", "coat_small", "coat_tiny", "efficientvim")
-# timm's resnest passes only the input of its shortcuts through the DropPaths (see test_families.py).
+# timm's resnest passes only the input of its shortcuts through them (see test_families.py).
 NONE_CARRIES_A_PARAMETER = ("resnest",)
 # Models that take a rate, and yet have no path that could be dropped for a whole batch.
 NEVER_CALLS_A_DROP_PATH = ("lcnet_", "mobilenetv1_", "test_efficientnet")
 NONE_AROUND_A_RESIDUAL = ("ese_vovnet19b_", "vovnet39a", "vovnet57a")
+
+# What becomes of the models of timm 1.0.31.
+ERRORS = {
+    "never call a DropPath": 12,
+    "have no DropPath around a residual": 5,
+    "have no path that carries a parameter": 8,
+}
+COUNTS = {
+    "accept a rate": 1258,
+    "take no drop_path_rate": 113,
+    "yield paths": 1233,
+    **ERRORS,
+}
+PARTS = 4  # so that several processes share the work
+MOST_SECONDS = 10  # of one thread, to create a model on meta and trace it
 
 
 def create(name):
@@ -91,30 +108,47 @@ def sweep(name):
     return found
 
 
-def test_every_model_yields_its_paths_or_the_documented_error(capsys):
-    models = timm.list_models()
-    counts, failures = collections.Counter(), []
-    for name in models:
+@pytest.fixture
+def counted(tmp_path_factory, worker_id):
+    """A folder that all parts of the sweep share, in whichever process they run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "sweep"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_model_yields_its_paths_or_the_documented_error(part, counted, capsys):
+    counts, seconds, failures = collections.Counter(), {}, []
+    for name in timm.list_models()[part::PARTS]:
+        start = time.process_time()
         try:
             counts.update(sweep(name))
         except Exception as e:
             failures.append(f"{name}: {type(e).__name__}: {e}")
-    with capsys.disabled():  # on stderr, which a worker process shares with the terminal
-        print(f"\n{len(models)} models in timm {timm.__version__}, of which", file=sys.stderr)
-        for what, count in counts.most_common():
-            print(f"{count:5d} {what}", file=sys.stderr)
+        seconds[name] = time.process_time() - start
+    (counted / f"{part}.new").write_text(json.dumps([counts, seconds]))
+    (counted / f"{part}.new").rename(counted / f"{part}.json")
     assert failures == []
-    assert counts["accept a rate"] + counts["take no drop_path_rate"] == len(models)
-    errors = (
-        counts["never call a DropPath"]
-        + counts["have no DropPath around a residual"]
-        + counts["have no path that carries a parameter"]
-    )
+    assert {n: s for n, s in seconds.items() if s > MOST_SECONDS} == {}
+    parts = [json.loads(file.read_text()) for file in counted.glob("*.json")]
+    if len(parts) == PARTS:  # this is the last one
+        with capsys.disabled():  # on stderr, which a worker process shares with the terminal
+            check_together(parts)
+
+
+def check_together(parts):
+    counts = sum((collections.Counter(counts) for counts, _ in parts), collections.Counter())
+    seconds = dict(item for _, seconds in parts for item in seconds.items())
+    print(f"\n{len(seconds)} models in timm {timm.__version__}, of which", file=sys.stderr)
+    for what, count in counts.most_common():
+        print(f"{count:5d} {what}", file=sys.stderr)
+    print(f"They took {sum(seconds.values()):.0f} s, the longest of them", file=sys.stderr)
+    for name in sorted(seconds, key=seconds.get)[:-6:-1]:
+        print(f"{seconds[name]:5.1f} s {name}", file=sys.stderr)
+    assert counts["accept a rate"] + counts["take no drop_path_rate"] == len(seconds)
+    errors = sum(counts[what] for what in ERRORS)
     assert counts["yield paths"] + errors == counts["accept a rate"]
     assert counts["yield paths"] > 0.97 * counts["accept a rate"]
     if timm.__version__ == "1.0.31":
-        assert len(models) == 1371
-        assert counts["accept a rate"] == 1258
-        assert counts["never call a DropPath"] == 12
-        assert counts["have no DropPath around a residual"] == 5
-        assert counts["have no path that carries a parameter"] == 8
+        assert counts == COUNTS

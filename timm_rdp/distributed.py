@@ -130,7 +130,9 @@ class GradientReducer:
     def _after_forward(self, *_: object) -> None:
         if self._armed and torch.is_grad_enabled():
             self._ddp.require_backward_grad_sync = self._synchronise
-            # Buffers are broadcast before each forward that follows a synchronised one.
+            # Buffers are broadcast before each forward that follows a synchronised one, complement
+            # iterations among them: what is frozen stays in train mode there, so its BatchNorms go
+            # on counting on each rank, and other buffers (spectral norm's) enter the outputs.
             self._ddp.require_forward_param_sync = self._synchronise
 
 
