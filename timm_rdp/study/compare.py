@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import importlib.util
 import os
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -112,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"timm-rdp compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was a run to stop
+        return 128 + signal.SIGINT
     except TrainingError as error:  # a full disk
         print(f"timm-rdp compare: {error}", file=sys.stderr)
         return 1
@@ -146,7 +149,8 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         stop = _train(args, options, rates, grid, lock)
     finally:
         os.close(lock)
-    print(write_report(output, args.pick))
+    if all_runs(output):  # else it was stopped before the first one began
+        print(write_report(output, args.pick))
     if stop:
         print("timm-rdp compare: stopped; the same command goes on", file=sys.stderr)
         return 128 + stop

@@ -25,14 +25,14 @@ FLOP_CYCLES = 50
 UPDATE_CYCLES = 200
 
 
-def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, int]:
+def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     """The model of a run without its weights, on torch's meta device.
 
     Args:
         args: the run's options.
 
     Returns:
-        the model in train mode, timm's data config, the batches of an epoch
+        the model in train mode, timm's data config, the images of an epoch / --batch-size
 
     Raises:
         UsageError: model or data do not fit the options.
@@ -54,7 +54,7 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, int]:
     with torch.random.fork_rng(devices=[]):
         model, data_config = build_model(args, cpu, model_dtype)
         data = create_data(args, data_config, model, cpu, model_dtype)
-    batches = len(data.train)
+    batches = len(data.train) * data.batch_size_reference / args.batch_size
     close_data(data)
     return model.to("meta").train(), data_config, batches
 
@@ -65,7 +65,7 @@ def count_costs(
     """What the kinds of update of a model cost.
 
     Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
-    of seed 0; every=N is taken into account by `cost_per_batch`.
+    of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
 
     Args:
         args: the options of its run.
@@ -97,13 +97,13 @@ def count_costs(
     images = torch.empty(batch, *data_config["input_size"], device="meta")
     images = images.to(next(model.parameters()).dtype)
     try:
-        costs["update"] = _flops(model, images) / batch
+        costs["update"] = _flops(model, images) / args.batch_size
         if rdp is not None:
             per_phase = _phases(rdp, images)
             if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
                 per_phase = (costs["update"], costs["update"])
             else:
-                per_phase = tuple(flops / batch for flops in per_phase)
+                per_phase = tuple(flops / args.batch_size for flops in per_phase)
             costs["droppath"], costs["complement"] = per_phase
     except Exception:  # NaFlex and whatever else reads the values of its input
         return costs | {key: None for key in ("update", "droppath", "complement") if key in costs}

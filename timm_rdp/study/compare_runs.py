@@ -167,7 +167,7 @@ class Progress:
         self._runs, self._ended, self._started = len(jobs), 0, time.monotonic()
         left = sum(max(0, j.epochs - epochs_done(output / "runs" / j.run.name)) for j in jobs)
         self.bar = tqdm(total=left, unit="epoch", smoothing=0, disable=None, dynamic_ncols=True)
-        self._done, self._total = 0, left
+        self._done, self._total, self._drawn = 0, left, 0.0
         self._describe()
 
     def _describe(self) -> None:
@@ -183,7 +183,9 @@ class Progress:
         """`count` epochs were done; also brings the clock up to date."""
         self._done += count
         self.bar.update(count)
-        self.bar.refresh()
+        if time.monotonic() - self._drawn > 1:
+            self._drawn = time.monotonic()
+            self.bar.refresh()
 
     def ended(self, job: Job, record: Mapping, log: Path, seen: int) -> None:
         """A run ended; `seen` of its epochs have been reported by `epochs`."""

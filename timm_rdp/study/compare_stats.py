@@ -120,8 +120,9 @@ def sentence(c: Comparison) -> str:
     if d.n == 0:
         return start + "no seed is done in both, so that nothing can be said."
     if d.n == 1:
-        return start + f"{d.mean:+.2f} points, one seed: no interval or test can be given."
-    start += f"{d.mean:+.2f} points [{d.low:+.2f}, {d.high:+.2f}], {d.n} seeds, "
+        return start + f"{signed(d.mean)} points, one seed: no interval or test can be given."
+    interval = f"[{signed(d.low)}, {signed(d.high)}]"
+    start += f"{signed(d.mean)} points {interval}, {d.n} seeds, "
     if c.corrected is None:
         return start + "the same difference in every seed: no test can be given."
     start += f"corrected {p_text(c.corrected)}: "
@@ -135,6 +136,11 @@ def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     about_rdp = [c for c in comparisons if c.variant in RDP_VARIANTS]
     chosen = sorted(about_rdp or comparisons, key=lambda c: (c.drop_path, c.variant))
     return [sentence(c) for c in chosen]
+
+
+def signed(value: float) -> str:
+    """A difference as text, never -0.00."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def p_text(p: float) -> str:
