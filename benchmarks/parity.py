@@ -252,7 +252,9 @@ def run(command: list[str], flags: str, folder: Path, experiment: str, root: Pat
 def compare_folders(timm_folder: Path, our_folder: Path) -> tuple[str, str]:
     """What differs between two finished runs."""
     summaries = [(folder / "summary.csv").read_bytes() for folder in (timm_folder, our_folder)]
-    theirs, ours = (dict(tensors(load(f / "last.pth.tar"))) for f in (timm_folder, our_folder))
+    states = [load(folder / "last.pth.tar") for folder in (timm_folder, our_folder)]
+    states[1].pop("run")  # where the run stands, which timm's do not hold
+    theirs, ours = (dict(tensors(state)) for state in states)
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())[0]
         checkpoint = f"not the same entries: {odd}"

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 from core_helpers import same_bits
-from runs import RESNET, VIT, checkpoint, flags, run
+from runs import RESNET, VIT, checkpoint, flags, rows, run
 
 from timm_rdp.training import loop, train
+from timm_rdp.training.data import _StrictImageDataset
 
 EVERYTHING = (
     *("--mixup", 0.4, "--cutmix", 0.5, "--reprob", 0.4, "--drop", 0.1, "--drop-path", 0.5),
@@ -111,3 +112,37 @@ def test_a_run_continued_at_an_epoch_ends_bitwise_as_one_never_stopped(
             state["summary"] = state["summary"].splitlines()[-1]
             del state["saver"]
         assert_same_end(ours, whole)
+
+
+def test_with_workers_the_order_and_the_masks_are_exact(digits_folder, tmp_path, monkeypatch):
+    # Without augmentation, which the workers draw for themselves, everything else must be equal.
+    recipe = (*VIT, "--rdp", "--drop-path", 0.5, "--drop", 0.1, "--no-aug", "--workers", 2)
+    recipe = (*recipe, "--epochs", 3)
+    whole = run(digits_folder, tmp_path / "whole", *recipe)
+    at_epoch = run(
+        digits_folder, tmp_path / "epoch", *recipe, "--resume", whole / "checkpoint-0.pth.tar"
+    )
+    argv = flags(digits_folder, tmp_path / "update", *recipe, "--resume", "auto")
+    stop_at(monkeypatch, 1, 1)
+    assert train.main(argv) == 128 + signal.SIGTERM
+    assert train.main(argv) == 0
+    for folder in (at_epoch, tmp_path / "update" / "run"):
+        for key in ("state_dict", "optimizer", "rdp"):
+            assert same_bits(checkpoint(folder)[key], checkpoint(whole)[key]), (folder, key)
+        assert rows(folder)[-1] == rows(whole)[-1]
+
+
+def test_a_resumed_epoch_loads_no_image_twice(digits_folder, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 0, 3)
+    argv = flags(digits_folder, tmp_path, *VIT, "--epochs", 1, "--resume", "auto")
+    assert train.main(argv) == 128 + signal.SIGTERM
+    loaded = []
+    original = _StrictImageDataset.__getitem__
+    monkeypatch.setattr(
+        _StrictImageDataset,
+        "__getitem__",
+        lambda self, index: loaded.append((id(self), index)) or original(self, index),
+    )
+    assert train.main(argv) == 0
+    training = [index for owner, index in loaded if owner == loaded[0][0]]
+    assert len(training) == len(set(training)) == 16  # the fifth of five batches

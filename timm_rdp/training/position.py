@@ -50,9 +50,15 @@ class ResumableSampler:
         self.in_process = in_process
         self.replay: Replay | None = None
         self.undo_base_seed = False
+        self.before: dict | None = None
         self.current: _Pass | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
+        # torch draws a seed for the workers when it starts them, which is once where they persist:
+        # a resumed run starts them again, and must not draw it a second time. It makes two
+        # iterators then, one before it draws.
+        if self.undo_base_seed:
+            self.undo_base_seed, self.before = False, random_state()
         self.current = _Pass(self)
         return self.current
 
@@ -69,15 +75,11 @@ class _Pass:
     """One epoch's iterator over a ResumableSampler."""
 
     def __init__(self, sampler: ResumableSampler):
-        self._in_process = sampler.in_process
+        self._sampler = sampler
         self._batches = iter(sampler._sampler)
-        self._replay = sampler.replay or Replay()
-        # torch draws a seed for the workers when it starts them, which is once where they persist:
-        # a resumed run starts them again, and must not draw it a second time.
-        self._before = random_state() if sampler.undo_base_seed else None
-        sampler.replay, sampler.undo_base_seed = None, False
+        self._states: deque = deque()
         self.order: dict | None = None
-        self.yielded = self._replay.skip
+        self.yielded = 0
         self.states: deque = deque(maxlen=8)  # before each of the newest batches was loaded
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -85,26 +87,30 @@ class _Pass:
 
     def __next__(self) -> list[int]:
         if self.order is None:
-            start = self._replay.order or self._before
-            if start is not None:
-                set_random_state(start)
-            self.order = random_state()
-            for _ in islice(self._batches, self._replay.skip):
-                pass
-        states = self._replay.states
+            self._begin()
         try:
             indices = next(self._batches)
         except StopIteration:
-            if states:
-                set_random_state(states[-1])
-                states.clear()
+            if self._states:
+                set_random_state(self._states.pop())
             raise
-        if states:
-            set_random_state(states.popleft())
-        if self._in_process:
+        if self._states:
+            set_random_state(self._states.popleft())
+        if self._sampler.in_process:
             self.states.append(random_state())
         self.yielded += 1
         return indices
+
+    def _begin(self) -> None:
+        sampler, replay = self._sampler, self._sampler.replay or Replay()
+        start = replay.order or sampler.before
+        sampler.replay = sampler.before = None
+        if start is not None:
+            set_random_state(start)
+        self.order = random_state()
+        for _ in islice(self._batches, replay.skip):
+            pass
+        self.yielded, self._states = replay.skip, replay.states
 
 
 def make_resumable(loader: Any) -> ResumableSampler | None:
