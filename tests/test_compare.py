@@ -426,6 +426,7 @@ def test_a_model_whose_operations_cannot_be_counted_is_compared_without(
     assert not stubbed.output.exists()
     assert stubbed("--seeds", 1, "--variants", "rdp", "droppath") == 0
     assert {row["flops"] for row in read(stubbed.output / "runs.csv")} == {""}
+    assert "could not be counted" in (stubbed.output / "table.md").read_text()
 
 
 # What is made of the results

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import warnings
 from statistics import fmean
 from typing import Any
 
@@ -27,6 +28,8 @@ UPDATE_CYCLES = 200
 
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     """The model of a run without its weights, on torch's meta device.
+
+    NaFlex models stay on the CPU, because they read sizes off the values of their input.
 
     Args:
         args: the run's options.
@@ -56,7 +59,9 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
         data = create_data(args, data_config, model, cpu, model_dtype)
     batches = len(data.train) * data.batch_size_reference / args.batch_size
     close_data(data)
-    return model.to("meta").train(), data_config, batches
+    if not args.naflex_loader:
+        model.to("meta")
+    return model.train(), data_config, batches
 
 
 def count_costs(
@@ -69,13 +74,13 @@ def count_costs(
 
     Args:
         args: the options of its run.
-        model: on the meta device, in train mode; it is patched for good.
+        model: from `build_on_meta`; it is patched for good.
         data_config: timm's.
         with_paths: whether it has any that can be dropped.
 
     Returns:
-        "update": FLOPs per image, forward and backward, of timm's own update; None where they
-            cannot be counted without data
+        "update": FLOPs per image, forward and backward, of timm's own update; None, as those that
+            follow, where they cannot be counted without data
         "droppath": the same for the mean droppath iteration
         "complement": the same for the mean complement iteration
         "complements": complement iterations per cycle
@@ -93,21 +98,23 @@ def count_costs(
         dropped = (_dropped(rdp, cycle) for cycle in range(UPDATE_CYCLES))
         trained = sum(bool(rdp.dropped_part(names)) for names in dropped)
         costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
-    batch = args.batch_size * max(1, args.aug_splits)
-    images = torch.empty(batch, *data_config["input_size"], device="meta")
-    images = images.to(next(model.parameters()).dtype)
+    if args.naflex_loader:
+        return costs
+    images = torch.empty(
+        (args.batch_size * max(1, args.aug_splits), *data_config["input_size"]),
+        device="meta",
+        dtype=next(model.parameters()).dtype,
+    )
     try:
-        costs["update"] = _flops(model, images) / args.batch_size
-        if rdp is not None:
-            per_phase = _phases(rdp, images)
-            if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
-                per_phase = (costs["update"], costs["update"])
-            else:
-                per_phase = tuple(flops / args.batch_size for flops in per_phase)
-            costs["droppath"], costs["complement"] = per_phase
-    except Exception:  # NaFlex and whatever else reads the values of its input
-        return costs | {key: None for key in ("update", "droppath", "complement") if key in costs}
-    return costs
+        update = _flops(model, images)
+        phases = () if rdp is None else _phases(rdp, images)
+    except Exception:  # whatever a model raises that asks for the values of its input
+        return costs
+    if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
+        phases = [update for _ in phases]
+    names = ("update", "droppath", "complement")
+    counted = zip(names, (update, *phases), strict=False)
+    return costs | {name: flops / args.batch_size for name, flops in counted}
 
 
 def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
@@ -192,12 +199,14 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=args.lr or 0.1)
     options = argparse.Namespace(**{**vars(args), "epochs": epochs, "lr": args.lr or 0.1})
+    kwargs = scheduler_kwargs(options)
     try:
-        return create_scheduler_v2(optimizer, **scheduler_kwargs(options), updates_per_epoch=1_000)[
-            1
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself says them once
+            _, total = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)
     except (AssertionError, ValueError) as error:
         raise UsageError(f"--sched {args.sched} with --epochs {epochs}: {error}") from None
+    return total
 
 
 def matched_epochs(args: argparse.Namespace, ratio: float) -> int:

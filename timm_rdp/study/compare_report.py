@@ -183,6 +183,8 @@ def _notes(
         "run by rdp and droppath-batch, but are by timm's droppath. Time is the median run's, "
         "training and validation without the start of the process.",
     ]
+    if any(costs["update"] is None for costs in grid["costs"].values()):
+        notes.append("The FLOPs of this model could not be counted without data.")
     if any(row.variant == MATCHED for rows in table.values() for row in rows):
         what = {
             "flops": "by counted FLOPs",
@@ -190,8 +192,8 @@ def _notes(
             "time": "by measured time",
         }
         notes.append(
-            "droppath-matched is droppath with as many --epochs as cost what rdp costs, "
-            f"{what[grid['match']]}, and never fewer than the others."
+            "droppath-matched is droppath with the number of --epochs whose cost comes nearest to "
+            f"that of rdp, {what[grid['match']]}, and never with fewer than the others."
         )
     return [line for note in notes for line in (note, "")][:-1]
 
