@@ -143,22 +143,22 @@ def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
             method.update(*data)
     rdp.load_state_dict(rdp_start)
 
-    times: dict[str, list[float]] = {"timm": [], "skip_dropped": [], "droppath": [], "cycle": []}
+    times: dict[str, list[float]] = {"timm": [], "skip_dropped": [], "droppath": []}
     times["complement"] = []
+    ratios: dict[str, list[float]] = {kind: [] for kind in times}  # to timm's of the same round
     for _ in tqdm(range(args.rounds), desc=f"{name} {rate}", leave=False, disable=None):
-        times["timm"].append(timed(args, lambda: plain.update(*data)))
-        whole = 0.0
+        usual = timed(args, lambda: plain.update(*data))
+        spent = [("timm", usual)]
         for it in rdp.cycle():
             with it:
-                spent = timed(args, lambda: method.update(*data))
-            times[it.phase].append(spent)
-            whole += spent
-        times["cycle"].append(whole)
-        times["skip_dropped"].append(timed(args, lambda: skipping.update(*data)))
+                spent.append((it.phase, timed(args, lambda: method.update(*data))))
+        spent.append(("skip_dropped", timed(args, lambda: skipping.update(*data))))
+        for kind, seconds in spent:
+            times[kind].append(seconds)
+            ratios[kind].append(seconds / usual)
 
-    predicted = predict(args, name, rate, rdp_start)
+    counted = predict(args, name, rate, rdp_start)
     base = statistics.median(times["timm"])
-    iterations = len(times["droppath"]) + len(times["complement"])
     result = {
         "model": name,
         "drop_path": rate,
@@ -166,16 +166,24 @@ def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
         "timm_seconds": base,
         "timm_spread": spread(times["timm"], base),
         "cycles_with_complement": len(times["complement"]) / args.rounds,
-        # A mean over cycles is what a batch costs; that of timm's update is its median, against
-        # which every time in the row is taken.
-        "next": sum(times["cycle"]) / iterations / base,
-        "same": sum(times["cycle"]) / args.rounds / base,
     }
     for kind in ("droppath", "complement", "skip_dropped"):
-        values = [t / base for t in times[kind]]
-        result[kind] = statistics.median(values) if values else float("nan")
-        result[f"{kind}_spread"] = spread(values, 1.0)
-    result.update({f"{kind}_predicted": value for kind, value in predicted.items()})
+        result[kind] = statistics.median(ratios[kind]) if ratios[kind] else float("nan")
+        result[f"{kind}_spread"] = spread(ratios[kind], 1.0)
+    for kind in ("droppath", "complement"):
+        result[f"{kind}_predicted"] = statistics.median(counted[kind] or [float("nan")])
+    # What a batch costs is a mean over masks, and a mean of times is at the mercy of whatever else
+    # the machine does. So each iteration is measured against what its own mask predicts, and the
+    # median of that, of each kind of iteration, is applied to the mean over masks.
+    total = predicted = 0.0
+    for kind in ("droppath", "complement"):
+        excess = [r / c for r, c in zip(ratios[kind], counted[kind], strict=True)]
+        result[f"{kind}_excess"] = statistics.median(excess) if excess else float("nan")
+        predicted += sum(counted[kind])
+        total += sum(counted[kind]) * (result[f"{kind}_excess"] if excess else 0.0)
+    iterations = len(ratios["droppath"]) + len(ratios["complement"])
+    for kind, count in (("next", iterations), ("same", args.rounds)):
+        result[kind], result[f"{kind}_predicted"] = total / count, predicted / count
     if args.memory:
         for kind in ("timm", "droppath", "complement"):
             result[f"{kind}_memory_mib"] = in_own_process(args, name, rate, kind)
@@ -190,8 +198,10 @@ def spread(values: list[float], unit: float) -> float:
     return (third - first) / 2 / unit
 
 
-def predict(args: argparse.Namespace, name: str, rate: float, start: dict) -> dict[str, float]:
-    """Ratios of floating-point operations, over the masks that were measured."""
+def predict(
+    args: argparse.Namespace, name: str, rate: float, start: dict
+) -> dict[str, list[float]]:
+    """Ratio of floating-point operations of each iteration, over the masks that were measured."""
     model = create(name, rate).to("meta")
     data = tuple(t.to("meta") for t in batch(args, model))
 
@@ -204,19 +214,12 @@ def predict(args: argparse.Namespace, name: str, rate: float, start: dict) -> di
     base = flops()
     rdp = ResidualDropPath(model)
     rdp.load_state_dict(start)
-    counts: dict[str, list[int]] = {"droppath": [], "complement": []}
+    counts: dict[str, list[float]] = {"droppath": [], "complement": []}
     for _ in range(args.rounds):
         for it in rdp.cycle():
             with it:
-                counts[it.phase].append(flops())
-    total = sum(counts["droppath"]) + sum(counts["complement"])
-    iterations = len(counts["droppath"]) + len(counts["complement"])
-    return {
-        "droppath": statistics.median(counts["droppath"]) / base,
-        "complement": statistics.median(counts["complement"] or [float("nan")]) / base,
-        "next": total / iterations / base,
-        "same": total / args.rounds / base,
-    }
+                counts[it.phase].append(flops() / base)
+    return counts
 
 
 def in_own_process(args: argparse.Namespace, name: str, rate: float, kind: str) -> float:
@@ -297,7 +300,9 @@ def write(
         f"{timm.__version__}, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}, "
         f"{'compiled' if args.compile else 'eager'}, {args.rounds} cycles a row. "
         "Ratios to timm's own update; in brackets what floating-point operations predict. "
-        "droppath, complement, skip_dropped: median; next: mean per update; same: per batch.",
+        "droppath, complement, skip_dropped: median of the ratios to timm's update of the same "
+        "round ± half the distance between their quartiles. next (per update) and same (per "
+        "batch): mean over the masks, from each kind's median ratio of measured to predicted.",
         "",
         "| model, rate | timm, s | droppath | complement | next | same | skip_dropped |",
         "| --- | --- | --- | --- | --- | --- | --- |",
