@@ -183,6 +183,7 @@ def fit(run: Run) -> int:
             _epochs(run)
             run.interruption.close()
     except Stopped as stopped:
+        run.interruption.close()
         status = 128 + stopped.signum
         if utils.is_primary(run.args):
             _logger.info(
