@@ -331,3 +331,17 @@ def test_resume_auto_begins_afresh_where_there_is_nothing(digits_folder, tmp_pat
 def test_resume_auto_needs_a_name(digits_folder, refused):
     line = refused(*VIT, "--data-dir", digits_folder, "--num-classes", 10, "--resume", "auto")
     assert "--resume auto" in line and "--experiment" in line
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(digits_folder, tmp_path, start):
+    one = run(digits_folder, tmp_path / "seen", *VIT, "--epochs", 1)
+    argv = [*VIT, "-b", 8, "--resume", "auto"]
+    processes = [
+        start(*flags(digits_folder, tmp_path / name, *argv), environment=rank)
+        for name, rank in zip(("seen", "unseen"), _ranks(2), strict=True)
+    ]
+    assert [p.status() for p in processes] == [2, 2]
+    for process in processes:
+        (line,) = process.errors()
+        assert f"({one / 'last.pth.tar'}, none)" in line and "share" in line
+    assert not (tmp_path / "unseen" / "run").exists()

@@ -84,6 +84,24 @@ def find_newest(args: argparse.Namespace) -> None:
     _logger.info(f"--resume auto: there is no checkpoint in {folder}, starting from the beginning")
 
 
+def check_same_choice(args: argparse.Namespace) -> None:
+    """Check that `--resume auto` found the same on every rank.
+
+    Raises:
+        UsageError: it did not.
+    """
+    if not args.distributed:
+        return
+    found = [""] * args.world_size
+    torch.distributed.all_gather_object(found, args.resume)
+    if len(set(found)) > 1:
+        listed = ", ".join(path or "none" for path in dict.fromkeys(found))
+        raise UsageError(
+            f"--resume auto: ranks see different checkpoints ({listed}); --output must be a folder "
+            "that all of them share"
+        )
+
+
 def check_checkpoints(args: argparse.Namespace) -> None:
     """Read every checkpoint that the options name, before anything is built.
 

@@ -25,6 +25,7 @@ import timm_rdp
 from timm_rdp.training.checkpoint import (
     Saver,
     check_checkpoints,
+    check_same_choice,
     find_newest,
     load_ema,
     restore_history,
@@ -104,6 +105,8 @@ def set_up(args: argparse.Namespace) -> Run:
     find_newest(args)
     check_checkpoints(args)
     device = _setup_device(args)
+    if automatic:
+        check_same_choice(args)
 
     # The order of what draws random numbers from here on is timm's: model, data, task, epochs.
     utils.random_seed(args.seed, args.rank)
