@@ -253,7 +253,7 @@ def compare_folders(timm_folder: Path, our_folder: Path) -> tuple[str, str]:
     """What differs between two finished runs."""
     summaries = [(folder / "summary.csv").read_bytes() for folder in (timm_folder, our_folder)]
     states = [load(folder / "last.pth.tar") for folder in (timm_folder, our_folder)]
-    states[1].pop("run")  # where the run stands, which timm's do not hold
+    states[1].pop("run", None)  # where the run stands, which timm's do not hold
     theirs, ours = (dict(tensors(state)) for state in states)
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())[0]

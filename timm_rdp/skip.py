@@ -135,10 +135,11 @@ class _TrialDropPath(DropPath):
         self._batch["call"] += 1
         if call not in self._expected:
             return x
-        name, shape = self._expected[call]
+        name, shape, begun = self._expected[call]
         batch, memory_format = self._batch.get(call, (0, torch.contiguous_format))
         if x.shape[0] != 1 or (batch, *x.shape[1:]) != shape:
             raise _Mismatch(name)
+        begun.pop(name, None)
         return zeros_for_batch(x, batch, memory_format)
 
 
@@ -151,6 +152,9 @@ def try_skipping(
 ) -> set[str]:
     """Names of the paths that can be dropped without being run.
 
+    All are tried together, and those that turn out not to take it are left out one by one; where a
+    second one of a kind does not, the others of its kind are left out with it.
+
     Args:
         model: a copy of the model that may be changed, in train mode.
         run: runs it on an example of at least two samples.
@@ -158,29 +162,43 @@ def try_skipping(
         entrances: per path the modules of `model` that are to be handed one sample.
         buffered: modules with buffers in the dropped part of some paths.
     """
+    blocks = {}
     for module in model.modules():
         if isinstance(module, DropPath):
             module.__class__ = _TrialDropPath
             module._batch, module._expected = {}, {}
-    budget = _MAX_TRIALS
+        for attribute, child in module.named_children():
+            if isinstance(child, DropPath):
+                blocks[child] = (module, attribute)
+    failed_kinds = set()
+    trials = 0
 
-    def works(names: list[str]) -> bool:
-        nonlocal budget
-        if budget <= 0:
-            return False
-        budget -= 1
+    def kind_of(name: str) -> tuple:
+        drop_path, call, _ = paths[name]
+        block, attribute = blocks[drop_path]
+        return attribute, call, tuple((n, type(m)) for n, m in block.named_modules())
+
+    def at_fault(names: list[str]) -> tuple[bool, str | None]:
+        """Whether one of the paths cannot be dropped so, and which, as far as that shows."""
+        begun: dict[str, None] = {}  # in order
         hooks = []
         resting = [m for m in buffered(names) if m.training]
         for module in resting:
             module.training = False
         for name in names:
             drop_path, call, shape = paths[name]
-            drop_path._expected[call] = (name, shape)
-            hooks += [
-                m.register_forward_pre_hook(OneSample(drop_path, call)) for m in entrances[name]
-            ]
+            drop_path._expected[call] = (name, shape, begun)
+            for module in entrances[name]:
+                note = lambda *_, name=name: begun.update({name: None})  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(note))
+                hooks.append(module.register_forward_pre_hook(OneSample(drop_path, call)))
         try:
             run()
+            return False, None
+        except _Mismatch as e:
+            return True, e.path
+        except Exception:  # whatever a model raises on a batch that it cannot take
+            return True, next(reversed(begun), None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -188,18 +206,24 @@ def try_skipping(
                 module.training = True
             for drop_path, _, _ in paths.values():
                 drop_path._batch, drop_path._expected = {}, {}
-        return True
 
     def search(names: list[str]) -> list[str]:
-        if not names:
-            return []
-        try:
-            return names if works(names) else []
-        except _Mismatch as e:
-            return search([n for n in names if n != e.path])
-        except Exception:  # whatever a model raises on a batch that it cannot take
-            half = len(names) // 2
-            return search(names[:half]) + search(names[half:]) if half else []
+        nonlocal trials
+        while names and trials < _MAX_TRIALS:
+            trials += 1
+            failed, culprit = at_fault(names)
+            if not failed:
+                return names
+            if culprit is None:
+                half = len(names) // 2
+                return search(names[:half]) + search(names[half:]) if half else []
+            kind = kind_of(culprit)
+            names = [
+                n
+                for n in names
+                if n != culprit and not (kind in failed_kinds and kind_of(n) == kind)
+            ]
+            failed_kinds.add(kind)
+        return []
 
-    good = search([name for name in paths if entrances[name]])
-    return set(good)
+    return set(search([name for name in paths if entrances[name]]))
