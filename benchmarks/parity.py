@@ -253,7 +253,8 @@ def compare_folders(timm_folder: Path, our_folder: Path) -> tuple[str, str]:
     """What differs between two finished runs."""
     summaries = [(folder / "summary.csv").read_bytes() for folder in (timm_folder, our_folder)]
     states = [load(folder / "last.pth.tar") for folder in (timm_folder, our_folder)]
-    states[1].pop("run", None)  # where the run stands, which timm's do not hold
+    for state in states:
+        state.pop("run", None)  # where a run of ours stands, which timm's do not hold
     theirs, ours = (dict(tensors(state)) for state in states)
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())[0]

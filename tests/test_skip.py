@@ -110,6 +110,46 @@ def test_forwards_of_other_batch_sizes_may_share_a_backward(name, checkpointed):
     assert same_bits(skipped, cut)
 
 
+class Blocks(nn.Module):
+    """Two kinds of paths, of which one never takes a single sample and one does so but once."""
+
+    class Block(nn.Module):
+        def __init__(self, fixed):
+            super().__init__()
+            self.fixed = fixed
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.drop_path1, self.drop_path2 = DropPath(0.5), DropPath(0.5)
+
+        def forward(self, x):
+            y = self.fc1(x)
+            x = x + self.drop_path1(y.view(len(x), 4) if 1 in self.fixed else y)
+            y = self.fc2(x)
+            return x + self.drop_path2(y.expand(len(x), 4) if 2 in self.fixed else y)
+
+    def __init__(self):
+        super().__init__()
+        fixed = [(1,)] * 20
+        fixed[7] = (1, 2)
+        self.blocks = nn.Sequential(*map(self.Block, fixed))
+        self.runs = []
+
+    def forward(self, x):
+        self.runs.append(len(x))
+        return self.blocks(x)
+
+
+def test_a_kind_of_path_that_cannot_be_skipped_is_found_out_by_two_trials():
+    model = Blocks()
+    rdp = ResidualDropPath(model, example_input=torch.ones(2, 4))
+    # The trace, two failures of the first kind, one of block 7, and the trial that succeeds.
+    model.runs.clear()
+    trace_paths(model, torch.ones(2, 4))
+    skippable = {p.name for p in rdp.paths if p.entrances}
+    assert skippable == {f"blocks.{i}.drop_path2" for i in range(20) if i != 7}
+    skipping, cutting = pair(Blocks(), torch.ones(2, 4))
+    assert check_equal(skipping, cutting, torch.randn(3, 4)) > 0
+
+
 def entry_sizes(rdp, names):
     """Batch sizes that every module sees which owns a parameter carried by the paths `names`."""
     sizes = {}

@@ -188,8 +188,11 @@ def try_skipping(
         for name in names:
             drop_path, call, shape = paths[name]
             drop_path._expected[call] = (name, shape, begun)
+
+            def note(*_: object, name: str = name) -> None:
+                begun[name] = None
+
             for module in entrances[name]:
-                note = lambda *_, name=name: begun.update({name: None})  # noqa: E731
                 hooks.append(module.register_forward_pre_hook(note))
                 hooks.append(module.register_forward_pre_hook(OneSample(drop_path, call)))
         try:
