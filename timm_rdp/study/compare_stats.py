@@ -127,7 +127,8 @@ def sentence(c: Comparison) -> str:
         return start + "the same difference in every seed: no test can be given."
     start += f"corrected {p_text(c.corrected)}: "
     if c.corrected >= LEVEL:
-        return start + "no difference seen."
+        alone = c.p is not None and c.p < LEVEL
+        return start + ("none that holds after correction." if alone else "no difference seen.")
     return start + f"{c.variant} is {'better' if d.mean > 0 else 'worse'}."
 
 
