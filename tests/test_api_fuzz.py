@@ -529,7 +529,7 @@ def test_the_rules_hold_after_any_sequence_of_calls(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_rules_hold_after_many_long_sequences_of_calls(name):
-    drive(name, examples=60, steps=30, phases=(Phase.generate, Phase.shrink))
+    drive(name, examples=30, steps=30, phases=(Phase.generate, Phase.shrink))
 
 
 def test_the_sequences_called_everything(capsys):
