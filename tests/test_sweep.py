@@ -36,8 +36,14 @@ ERRORS = {
 COUNTS = {
     "accept a rate": 1258,
     "take no drop_path_rate": 113,
-    "yield paths": 1233,
     **ERRORS,
+    "yield paths": 1233,
+    "need not run any dropped path": 1029,
+    "need not run some dropped paths": 162,
+    "run every dropped path": 42,
+    "call a DropPath more than once": 62,
+    "have paths that carry nothing by themselves": 11,
+    "have some DropPaths not around a residual": 24,
 }
 PARTS = 4  # so that several processes share the work
 
