@@ -150,16 +150,40 @@ def test_without_matplotlib_a_run_says_so_once_and_goes_on(
     ]
 
 
-def test_a_run_draws_its_curves(digits_folder, tmp_path, monkeypatch):
-    drawn = []
-    original = outputs.draw_curves
+@pytest.fixture
+def drawn(monkeypatch):
+    """How many rows each drawing of curves.png had."""
+    counts, original = [], outputs.draw_curves
     monkeypatch.setattr(
-        "timm_rdp.training.train.draw_curves",
-        lambda folder, rows: drawn.append(len(rows)) or original(folder, rows),
+        outputs,
+        "draw_curves",
+        lambda folder, rows: counts.append(len(rows)) or original(folder, rows),
     )
-    folder = run(digits_folder, tmp_path, *VIT, "--rdp", "--drop-path", 0.5)
-    assert drawn == [1, 2]
+    return counts
+
+
+def test_a_run_draws_its_curves_first_and_last(digits_folder, tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(outputs.Curves, "SHARE", 1e-9)
+    folder = run(digits_folder, tmp_path, *VIT, "--rdp", "--drop-path", 0.5, "--epochs", 3)
+    assert drawn == [1, 3]
     assert (folder / "curves.png").stat().st_size > 5000
+
+
+def test_curves_cost_a_fiftieth_of_the_time(tmp_path, drawn, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
+    drawing = outputs.draw_curves
+
+    def slowly(folder, rows):
+        now[0] += 0.2
+        return drawing(folder, rows)
+
+    monkeypatch.setattr(outputs, "draw_curves", slowly)
+    curves = outputs.Curves(str(tmp_path))
+    for epoch in range(1, 31):
+        now[0] += 1
+        assert curves.update(_rows(epoch, False), last=epoch == 30)
+    assert drawn == [1, 11, 21, 30]  # of 0.2 s each, 10 s apart, and the last epoch
 
 
 def test_wandb_gets_the_rows_of_the_summary(digits_folder, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from timm_rdp.training.randomness import DataStream
 
 if TYPE_CHECKING:
     from timm_rdp.training.data import Data
-    from timm_rdp.training.outputs import Summary
+    from timm_rdp.training.outputs import Curves, Summary
     from timm_rdp.training.progress import Progress
 
 
@@ -54,10 +54,11 @@ class Run:
     num_epochs: int = 0
     first_epoch: int = 0
     lr_scheduler: Any = None
-    # Only the primary process has these four.
+    # Only the primary process has these five.
     saver: Saver | None = None
     output_dir: str | None = None
     summary: Summary | None = None
+    curves: Curves | None = None
     wandb: Any = None
     progress: Progress | None = None
     # Where the run stands: the epoch and update in progress, the updates and batches of this epoch

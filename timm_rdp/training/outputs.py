@@ -7,7 +7,9 @@ import contextlib
 import csv
 import io
 import logging
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
@@ -121,6 +123,34 @@ class Summary:
         writer.writerow(row)
         self._text += out.getvalue()
         self.rows.append({k: float(v) if v else None for k, v in row.items()} if parse else row)
+
+
+class Curves:
+    """The run's curves.png, drawn again once that costs no more than a fiftieth of the time.
+
+    Args:
+        folder: the run's.
+    """
+
+    SHARE = 1 / 50
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._due = -math.inf
+
+    def update(self, rows: list[dict], last: bool) -> bool:
+        """Draw the rows of summary.csv if it is time to, and always the last ones.
+
+        Returns:
+            False where matplotlib is missing
+        """
+        start = time.monotonic()
+        if start < self._due and not last:
+            return True
+        drawn = draw_curves(self._folder, rows)
+        end = time.monotonic()
+        self._due = end + (end - start) / self.SHARE
+        return drawn
 
 
 def draw_curves(folder: str, rows: list[dict]) -> bool:

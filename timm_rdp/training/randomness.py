@@ -40,21 +40,23 @@ class DataStream:
     Args:
         seed: of the stream.
         rank: of the process; each has a stream of its own, as with timm's `random_seed`.
+        device: whose generator the data draws from too (timm erases rectangles there), if any.
     """
 
-    def __init__(self, seed: int, rank: int = 0):
-        outside = random_state()
+    def __init__(self, seed: int, rank: int = 0, device: torch.device | None = None):
+        self._device = device
+        outside = random_state(self._device)
         utils.random_seed(seed, rank)
-        self.state = random_state()
-        set_random_state(outside)
+        self.state = random_state(self._device)
+        set_random_state(outside, self._device)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Within this context the process draws from the stream."""
-        outside = random_state()
-        set_random_state(self.state)
+        outside = random_state(self._device)
+        set_random_state(self.state, self._device)
         try:
             yield
         finally:
-            self.state = random_state()
-            set_random_state(outside)
+            self.state = random_state(self._device)
+            set_random_state(outside, self._device)

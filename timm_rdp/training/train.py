@@ -47,9 +47,9 @@ from timm_rdp.training.loop import (
 from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
 from timm_rdp.training.options import args_text, parse_args
 from timm_rdp.training.outputs import (
+    Curves,
     Summary,
     create_output,
-    draw_curves,
     experiment_name,
     start_wandb,
 )
@@ -147,7 +147,7 @@ def set_up(args: argparse.Namespace) -> Run:
         Interruption(args.distributed),
     )
     if args.data_seed is not None:
-        run.data_stream = DataStream(args.data_seed, args.rank)
+        run.data_stream = DataStream(args.data_seed, args.rank, device)
     run.train_sampler = make_resumable(data.train)
     run.eval_sampler = make_resumable(data.eval)
     run.lr_scheduler, run.num_epochs = create_scheduler_v2(
@@ -276,7 +276,8 @@ def _epochs(run: Run) -> None:
             row = run.summary.add(epoch, train_metrics, eval_metrics, mean_lr(run), rdp_metrics)
             if run.wandb is not None:
                 run.wandb.log(row)
-            if not draw_curves(run.output_dir, run.summary.rows) and epoch == run.first_epoch:
+            drawn = run.curves.update(run.summary.rows, last=after == run.num_epochs)
+            if not drawn and epoch == run.first_epoch:
                 _logger.info("No curves.png: matplotlib is not installed (pip install matplotlib).")
             run.saver.save_checkpoint(epoch, metric=latest)
         if run.lr_scheduler is not None:
@@ -428,6 +429,7 @@ def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict, automa
     # What a run left that ended before its first checkpoint is not kept by --resume auto.
     resumed = bool(args.resume) or automatic
     run.summary = Summary(run.output_dir, run.first_epoch, resumed)
+    run.curves = Curves(run.output_dir)
 
 
 def _state_of_run(run: Run) -> dict:
