@@ -17,6 +17,7 @@ SMALL = {
         32,
         {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4},
     ),
+    "convnext_atto": (64, {"depths": (1, 2, 2, 1), "dims": (8, 16, 24, 32)}),
     "mobilevit_xxs": (64, {}),
     "mobilenetv3_small_050": (64, {}),
 }

@@ -78,6 +78,46 @@ def test_only_kept_samples_are_computed():
     assert min(handed) < 16
 
 
+def test_a_path_that_keeps_every_sample_runs_as_in_timm():
+    plain, model = small_model("test_vit"), small_model("test_vit")
+    skip_dropped(model, batch("test_vit")[0])
+    for m in (plain, model):
+        for module in m.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 1e-6
+    copied = []
+    index_select = torch.Tensor.index_select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "index_select", lambda *a: copied.append(a) or index_select(*a)
+        )
+        skipping = one_step(model, "test_vit", 0)
+    assert not copied and all(m.masks[0].all() for m in model.modules() if hasattr(m, "masks"))
+    assert_close(skipping, one_step(plain, "test_vit", 0))
+
+
+def test_activations_and_their_gradients_keep_timms_layout_in_memory():
+    plain, model = small_model("convnext_atto"), small_model("convnext_atto")
+    assert skip_dropped(model, batch("convnext_atto")[0]).skipped
+    layouts = []
+    for m in (plain, model):
+        seen = []
+        layouts.append(seen)
+
+        def note(_, __, output, seen=seen):
+            seen.append(output.stride())
+            output.register_hook(lambda gradient: seen.append(gradient.stride()))
+
+        for name, module in m.named_modules():
+            if isinstance(module, DropPath) or name.endswith(".conv_dw"):
+                module.register_forward_hook(note)
+    ours, timms = (one_step(m, "convnext_atto", 1) for m in (model, plain))
+    assert_close(ours, timms)
+    assert any(0 < len(m.masks[0].nonzero()) < 6 for m in model.modules() if hasattr(m, "masks"))
+    last = [tuple(i for i, n in enumerate(s) if n == 1) for s in layouts[0]]
+    assert last == [tuple(i for i, n in enumerate(s) if n == 1) for s in layouts[1]]
+
+
 @pytest.mark.parametrize("drop_prob", [0.999999, 1.0])
 def test_a_path_that_keeps_no_sample_gets_gradients_of_zero(drop_prob):
     plain, model = small_model("test_vit"), small_model("test_vit")

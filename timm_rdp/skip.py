@@ -99,26 +99,42 @@ class KeptSamples:
             index = mask.nonzero().squeeze(1)
             if not len(index):
                 index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
+            elif len(index) == len(mask):
+                index = None
             sampled = path._kept[self._call] = (mask, index, set())
         sampled[2].add(module)
-        return (x.index_select(0, sampled[1]), *args[1:])
+        index = sampled[1]
+        if index is None:
+            return None
+        return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
 
     def __reduce__(self) -> tuple:
         return (KeptSamples, ())  # does nothing in a copy of the model
 
 
-def scatter_kept(y: Tensor, mask: Tensor, index: Tensor, scale: float) -> Tensor:
+def scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -> Tensor:
     """The path's output for the kept samples, scaled, among zeros for the others.
 
     Args:
         y: shape (K, ...), the output for K kept samples.
         mask: shape (B,), nonzero where a sample is kept.
-        index: shape (K,), the kept samples.
+        index: shape (K,), the kept samples; None where all are.
         scale: what timm multiplies the kept ones by.
     """
-    kept = mask.index_select(0, index).to(y.dtype).mul_(scale)
-    full = y.new_zeros((len(mask), *y.shape[1:]))
-    return full.index_copy(0, index, y * kept.view(-1, *(1,) * (y.ndim - 1)))
+    kept = mask if index is None else mask.index_select(0, index)
+    y = y * kept.to(y.dtype).mul(scale).view(-1, *(1,) * (y.ndim - 1))
+    if index is None:
+        return y
+    return _in_memory_order(
+        y, lambda y: y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, index, y)
+    )
+
+
+def _in_memory_order(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), where function works along the batch and would lose a channels-last layout."""
+    if x.ndim == 4 and not x.is_contiguous() and is_channels_last(x):
+        return function(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return function(x)
 
 
 class _Mismatch(Exception):
