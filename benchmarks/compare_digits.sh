@@ -13,5 +13,7 @@ grid="--drop-paths 0.1 0.3 --seeds 5 --first-seed 100 --jobs 2 --val-interval 10
 timm-rdp compare $few $grid droppath-batch $resnet --lr 2e-3 --epochs 50 --output output/compare/resnet_300
 timm-rdp compare $few $grid droppath-batch $vit --lr 1e-3 --epochs 80 --output output/compare/vit_300
 timm-rdp compare $all $grid $resnet --lr 2e-3 --epochs 12 --output output/compare/resnet_all
-timm-rdp compare $all $grid $vit --lr 1e-3 --batch-size 32 --epochs 25 --output output/compare/vit_all \
+timm-rdp compare $all $grid $vit --lr 1e-3 --batch-size 32 --epochs 40 --output output/compare/vit_all \
+    --variants plain droppath droppath-matched rdp
+timm-rdp compare $few $grid $vit --lr 1e-3 --epochs 160 --output output/compare/vit_300_long \
     --variants plain droppath droppath-matched rdp

@@ -2,24 +2,28 @@
 
     python benchmarks/loop.py --timm-script pytorch-image-models/train.py
 
-The two run in turn, each as a process of its own, with the same flags on the same images, for one
-epoch and for several; the difference is the training without the start of the process. Prints the
-ratio ours / timm's of wall and of processor time, pair by pair, as median, least and largest.
+The two run side by side with the same flags on the same images, each on a processor core of its
+own, and change cores after every pair, so that whatever else slows the machine slows both. The time
+is that from the first epoch's checkpoint to the last one's. Writes the ratios ours / timm's, pair
+by pair in loop.csv, and as median and quartiles in loop.md. Linux only.
 """
 
 import argparse
+import csv
 import os
-import resource
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import timm
+import torch
 from parity import write_digits
 from tqdm import tqdm
 
+TRAIN_IMAGES = 960
 CASES = {
     # Small and quick updates, where a loop's own work shows.
     "test_vit": "--model test_vit --img-size 32 --model-kwargs img_size=32 -b 16",
@@ -33,61 +37,90 @@ CASES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--timm-script", type=Path, required=True, help="timm's train.py")
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--epochs", type=int, default=6, help="of the longer run")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loop"))
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=21, help="of a run; the first is not timed")
     args = parser.parse_args()
     if not args.timm_script.is_file():
         parser.error(f"--timm-script {args.timm_script}: there is no such file")
-    ours = Path(__file__).resolve().parents[1] / "train_rdp.py"
-    scripts = {"timm": str(args.timm_script.resolve()), "ours": str(ours)}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        parser.error("two processor cores are needed, and this process may use one")
+    args.output.mkdir(parents=True, exist_ok=True)
+    scripts = {
+        "timm": args.timm_script.resolve(),
+        "ours": Path(__file__).resolve().parents[1] / "train_rdp.py",
+    }
+    pairs = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_digits(root / "data", train=960)
-        print(f"{args.epochs - 1} epochs of 60 updates, {args.pairs} pairs, ratio ours / timm's:")
-        print("| flags | wall, median | least - largest | processor, median | least - largest |")
-        print("| --- | --- | --- | --- | --- |")
+        write_digits(root / "data", train=TRAIN_IMAGES)
         for name, flags in CASES.items():
-            ratios = []
-            for pair in tqdm(range(args.pairs + 1), desc=name, leave=False, disable=None):
-                order = list(scripts) if pair % 2 else list(scripts)[::-1]
-                spent = {who: training_time(scripts[who], flags, root, args) for who in order}
-                if pair:  # the first pair warms up
-                    ratios.append(
-                        [o / t for o, t in zip(spent["ours"], spent["timm"], strict=True)]
-                    )
-            cells = []
-            for column in zip(*ratios, strict=True):
-                cells += [
-                    f"{statistics.median(column):.2f}",
-                    f"{min(column):.2f} - {max(column):.2f}",
-                ]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            for pair in tqdm(range(args.pairs), desc=name, leave=False, disable=None):
+                places = dict(zip(scripts, cores[:: 1 if pair % 2 else -1], strict=True))
+                running = {
+                    who: start(scripts[who], flags, root, f"{name} {pair} {who}", core, args.epochs)
+                    for who, core in places.items()
+                }
+                spent = {who: seconds(*run, args.epochs) for who, run in running.items()}
+                pairs.append({"flags": name, **spent, "ratio": spent["ours"] / spent["timm"]})
+            write(args.output, pairs, args.epochs)
+    print((args.output / "loop.md").read_text())
     return 0
 
 
-def training_time(script: str, flags: str, root: Path, args: argparse.Namespace) -> list[float]:
-    """Wall and processor seconds of the epochs after the first."""
-    short, long = (seconds(script, flags, root, epochs) for epochs in (1, args.epochs))
-    return [after - before for before, after in zip(short, long, strict=True)]
-
-
-def seconds(script: str, flags: str, root: Path, epochs: int) -> tuple[float, float]:
-    """Wall and processor seconds of a whole run."""
+def start(
+    script: Path, flags: str, root: Path, experiment: str, core: int, epochs: int
+) -> tuple[subprocess.Popen, Path]:
+    """Start a run on a core of its own; returns the process and the folder that it writes."""
     command = f"{sys.executable} {script} --data-dir {root / 'data'} --num-classes 10 --workers 0 "
-    command += f"--epochs {epochs} --warmup-epochs 0 --device cpu --lr 1e-3 --output {root} {flags}"
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    subprocess.run(
-        command.split(),
-        check=True,
+    command += f"--epochs {epochs} --warmup-epochs 0 --device cpu --lr 1e-3 --checkpoint-hist "
+    command += f"{epochs} --output {root} {flags}"
+    process = subprocess.Popen(
+        [*command.split(), "--experiment", experiment],
         cwd=root,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    wall = time.perf_counter() - start
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    os.sched_setaffinity(process.pid, {core})
+    return process, root / experiment
+
+
+def seconds(process: subprocess.Popen, folder: Path, epochs: int) -> float:
+    """Wait for a run's end; the time from its first epoch's checkpoint to its last one's."""
+    if process.wait():
+        raise SystemExit(f"{' '.join(process.args)} ended with status {process.returncode}")
+    first, last = (
+        (folder / f"checkpoint-{epoch}.pth.tar").stat().st_mtime for epoch in (0, epochs - 1)
+    )
+    return last - first
+
+
+def write(output: Path, pairs: list[dict], epochs: int) -> None:
+    """Write loop.csv and loop.md."""
+    with open(output / "loop.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, pairs[0].keys())
+        writer.writeheader()
+        writer.writerows(pairs)
+    lines = [
+        f"CPU, {platform.machine()}, one core each, torch {torch.__version__}, timm "
+        f"{timm.__version__}; {epochs - 1} epochs of {TRAIN_IMAGES} images of 32 x 32. Ratio of "
+        "our script's time, without --rdp, to timm's.",
+        "",
+        "| flags | pairs | timm, s, median | ratio, median | quartiles | least - largest |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(p["flags"] for p in pairs):
+        own = [p for p in pairs if p["flags"] == name]
+        ratios = [p["ratio"] for p in own]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        usual = statistics.median(p["timm"] for p in own)
+        lines.append(
+            f"| {name} | {len(own)} | {usual:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | "
+            f"{min(ratios):.2f} - {max(ratios):.2f} |"
+        )
+    (output / "loop.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

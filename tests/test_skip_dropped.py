@@ -88,9 +88,7 @@ def test_a_path_that_keeps_every_sample_runs_as_in_timm():
     copied = []
     index_select = torch.Tensor.index_select
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.Tensor, "index_select", lambda *a: copied.append(a) or index_select(*a)
-        )
+        patch.setattr(torch.Tensor, "index_select", lambda *a: copied.append(a) or index_select(*a))
         skipping = one_step(model, "test_vit", 0)
     assert not copied and all(m.masks[0].all() for m in model.modules() if hasattr(m, "masks"))
     assert_close(skipping, one_step(plain, "test_vit", 0))
