@@ -15,5 +15,5 @@ timm-rdp compare $few $grid droppath-batch $vit --lr 1e-3 --epochs 80 --output o
 timm-rdp compare $all $grid $resnet --lr 2e-3 --epochs 12 --output output/compare/resnet_all
 timm-rdp compare $all $grid $vit --lr 1e-3 --batch-size 32 --epochs 40 --output output/compare/vit_all \
     --variants plain droppath droppath-matched rdp
-timm-rdp compare $few $grid $vit --lr 1e-3 --epochs 160 --output output/compare/vit_300_long \
+timm-rdp compare $few $grid $vit --lr 1e-3 --epochs 120 --output output/compare/vit_300_long \
     --variants plain droppath droppath-matched rdp

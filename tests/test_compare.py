@@ -270,7 +270,10 @@ def test_a_signal_stops_the_runs_with_the_same_one_and_the_next_call_resumes(
     assert status == 128 + number and "the same command goes on" in err
     assert (log.parent / "rdp-0.1-seed0" / "stopped").read_text() == str(int(number))
     assert [name for name, *_ in stubbed.calls()] == ["droppath-0.1-seed0", "rdp-0.1-seed0"]
-    assert "rdp at 0.1: 1 unfinished" in out  # what there is was reported
+    # What there is was reported, and what there is not.
+    assert "droppath at 0.1: 1 unfinished; rdp at 0.1: 2 unfinished" in out
+    statuses = {r["variant"] + r["seed"]: r["status"] for r in read(stubbed.output / "runs.csv")}
+    assert statuses["rdp0"] == "interrupted" and statuses["rdp1"] == "not begun"
     assert stubbed("--seeds", 2) == 0
     names = [name for name, *_ in stubbed.calls()]
     assert names == ["rdp-0.1-seed0", "droppath-0.1-seed1", "rdp-0.1-seed1"]
@@ -600,6 +603,79 @@ def test_report_redraws_the_same_from_what_is_there_and_touches_nothing_else(
     assert {p: s for p, s in state(output).items() if p.name not in OUTPUTS} == before
 
 
+def test_a_comparison_stopped_in_its_first_run_says_that_nothing_can_be_said(stubbed, capsys):
+    plan = {"droppath-0.1-seed0": {"error": "no disk", "status": 1}}
+    plan["rdp-0.1-seed0"] = plan["droppath-0.1-seed0"]
+    stubbed("--seeds", 1, plan=plan)
+    (stubbed.output / "runs" / "droppath-0.1-seed0.json").unlink()
+    capsys.readouterr()
+    assert compare.main(["--report", str(stubbed.output)]) == 0
+    out = capsys.readouterr().out
+    assert "no seed is done in both" in out and "add droppath" not in out
+    assert "droppath at 0.1: 1 unfinished; rdp at 0.1: 1 failed" in out
+
+
+def test_a_run_whose_folder_was_removed_is_trained_again(stubbed, capsys):
+    assert stubbed("--seeds", 2) == 0
+    shutil.rmtree(stubbed.output / "runs" / "rdp-0.1-seed1")
+    assert compare.main(["--report", str(stubbed.output)]) == 0
+    assert "rdp at 0.1: 1 unfinished" in capsys.readouterr().out
+    assert stubbed("--seeds", 2) == 0
+    assert [name for name, *_ in stubbed.calls()] == ["rdp-0.1-seed1"]
+    assert {r["status"] for r in read(stubbed.output / "runs.csv")} == {"done"}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["report", "same command"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("runs/rdp-0.1-seed0.json", b""),
+        ("runs/rdp-0.1-seed0.json", b"{gar"),
+        ("runs/rdp-0.1-seed0.json", b"[]"),
+        ("runs/rdp-0.1-seed0.json", b"{}"),
+        ("runs/rdp-0.1-seed0/summary.csv", b""),
+        ("runs/rdp-0.1-seed0/summary.csv", b"\xff\xfe"),
+        ("runs/rdp-0.1-seed0/summary.csv", b"epoch,train_loss,eval_loss,eval_top1\n0,1,1,50"),
+        ("runs/rdp-0.1-seed0/summary.csv", b"epoch,train_loss,eval_loss\n0,1,1\n1,1,1"),
+        ("runs/rdp-0.1-seed0/summary.csv", b"epoch,train_loss,eval_loss,eval_top1\n1,1,1,nan"),
+        ("runs/rdp-0.1-seed0/summary.csv", b"epoch,train_loss,eval_loss,eval_top1\nx,1,1,1"),
+        ("grid.json", b'{"options": {}, "match": "flops"}'),
+        ("grid.json", b"no json"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_is_overwritten(stubbed, name, content, again, capsys):
+    assert stubbed("--seeds", 1) == 0
+    (stubbed.output / name).write_bytes(content)
+    before = state(stubbed.output)
+    capsys.readouterr()
+    run_again = lambda: stubbed("--seeds", 1)
+    report = lambda: compare.main(["--report", str(stubbed.output)])
+    assert (run_again if again else report)() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and str(stubbed.output / name) in err, err
+    assert "delete" in err or "another folder" in err
+    assert state(stubbed.output) == before and (not again or stubbed.calls() == [])
+
+
+@pytest.mark.parametrize("entry", ["options", "costs", "data"])
+def test_a_grid_that_lacks_an_entry_is_named(stubbed, entry, capsys):
+    assert stubbed("--seeds", 1) == 0
+    path = stubbed.output / "grid.json"
+    grid = json.loads(path.read_text())
+    grid[entry] = {"0.1": {}} if entry == "costs" else {}
+    path.write_text(json.dumps(grid))
+    capsys.readouterr()
+    assert compare.main(["--report", str(stubbed.output)]) == 2
+    assert f"{path} has no entry" in capsys.readouterr().err
+
+
+def test_the_same_data_by_another_path_are_the_same_grid(stubbed, digits_folder, monkeypatch):
+    assert stubbed("--seeds", 1) == 0
+    monkeypatch.chdir(digits_folder.parent)
+    assert stubbed("--seeds", 1, "--data-dir", digits_folder.name) == 0
+    assert stubbed.calls() == []
+
+
 def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     from matplotlib.text import Text
 
@@ -669,10 +745,14 @@ def test_runs_are_found_by_name_and_other_folders_left_alone():
         (["--val-split", ""], ("--val-split",)),
         (["--data-dir", "nowhere"], ("--data-dir nowhere",)),
         (["--model", "vgg11"], ("--model vgg11", "drop_path_rate")),
-        (["--model", "lcnet_050"], ("--model lcnet_050", "no DropPath is called")),
+        (["--model", "lcnet_050"], ("--model lcnet_050", "no DropPath is called", "another model")),
         (["--variants", "droppath", "--model", "lcnet_050"], ("no DropPath is called",)),
         (["--torchscript"], ("--torchscript", "--rdp")),
         (["--report", "nowhere"], ("--report",)),
+        (["--report", ""], ("--report ''",)),
+        (["--output", ""], ("--output ''",)),
+        (["--output", "/proc/out"], ("--output /proc/out",)),
+        (["--rdp-start-epoch", "2"], ("--rdp-start-epoch 2", "2 epochs", "never begin")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -721,7 +801,7 @@ def test_a_folder_with_results_of_something_else_is_refused(stubbed, capsys):
     assert (stubbed.output / "table.md").read_text() == "mine"
     (stubbed.output / "grid.json").write_text("{}")
     assert stubbed("--seeds", 1) == 2
-    assert "grid.json cannot be read" in capsys.readouterr().err
+    assert "grid.json has no entry 'options'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])

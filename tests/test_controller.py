@@ -593,7 +593,7 @@ REFUSED = {
     "takes a rate but never calls a DropPath": (
         lambda: timm.create_model("lcnet_050", drop_path_rate=0.1, num_classes=2),
         "MobileNetV3",
-        "model that has stochastic depth",
+        "use another model",
     ),
     "no DropPath around a residual": (
         lambda: timm.create_model("ese_vovnet19b_slim_dw", drop_path_rate=0.1, num_classes=2),

@@ -421,6 +421,15 @@ def test_the_projection_of_feature_distillation_is_frozen_in_complement_iteratio
     assert changed == {"droppath": {True}, "complement": {False}}
 
 
+def test_rdp_that_would_never_begin_is_said(digits_folder, tmp_path, caplog):
+    run(digits_folder, tmp_path, *VIT, "--rdp", "--drop-path", 0.5, "--rdp-start-epoch", 2)
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert [m for m in said if "--rdp-start-epoch 2: the run has 2 epochs" in m]
+    caplog.clear()
+    run(digits_folder, tmp_path / "b", *VIT, "--rdp", "--drop-path", 0.5, "--rdp-start-epoch", 1)
+    assert not [r for r in caplog.records if "never begins" in r.message]
+
+
 def test_lines_are_plain_where_there_is_no_terminal(digits_folder, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO)
     folder = run(digits_folder, tmp_path, *VIT, *RDP, "--log-interval", 2)

@@ -174,6 +174,16 @@ def _as_mask(entry: object) -> Tensor:
     return torch.ones(value, dtype=torch.bool, device=device)
 
 
+def why_none_is_called(model: nn.Module) -> str:
+    """What to do with a model whose forward calls no DropPath, as the end of an error."""
+    there = sum(isinstance(m, DropPath) for m in model.modules())
+    if there:
+        advice = f"though there are {there} (in blocks without a shortcut): use another model"
+    else:
+        advice = "create it with drop_path_rate=0.1, or use a model that has stochastic depth"
+    return f"no DropPath is called in its forward{', ' if there else ': '}{advice}"
+
+
 def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
     """The model's DropPaths by name.
 
@@ -189,7 +199,8 @@ def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
         if isinstance(module, MaskedDropPath):
             if module._owner is not None and module._owner() is not None:
                 raise ValueError(
-                    "the model is patched by another ResidualDropPath: detach() that first"
+                    "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
+                    "that first"
                 )
         elif type(module) is not DropPath:
             raise ValueError(

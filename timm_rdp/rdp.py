@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.distributed import check_same_on_all_ranks
-from timm_rdp.drop_path import find_drop_paths
+from timm_rdp.drop_path import find_drop_paths, why_none_is_called
 from timm_rdp.masks import sample_masks
 from timm_rdp.paths import Path, trace_paths
 from timm_rdp.switch import Switch
@@ -411,8 +411,5 @@ def _check_droppable(
             f"{non_residual[0].name} for a whole batch would silence the network): use another one"
         )
     else:
-        why = (
-            "no DropPath is called in its forward: create it with drop_path_rate=0.1, or use a "
-            "model that has stochastic depth"
-        )
+        why = why_none_is_called(model)
     raise ValueError(f"{type(model).__name__} has no residual path that can be dropped: {why}")

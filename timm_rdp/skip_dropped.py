@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_rdp.drop_path import find_drop_paths, patch, unpatch
+from timm_rdp.drop_path import find_drop_paths, patch, unpatch, why_none_is_called
 from timm_rdp.paths import PathGraph, trace_paths
 from timm_rdp.skip import KeptSamples
 
@@ -26,8 +26,7 @@ class SkipDropped:
         graph = trace_paths(model, example_input)
         if not graph.paths:
             raise ValueError(
-                f"{type(model).__name__} calls no DropPath in its forward: create it with "
-                "drop_path_rate=0.1, or use a model that has stochastic depth"
+                f"{type(model).__name__} has no path to skip: {why_none_is_called(model)}"
             )
         self.model = model
         self.computed: dict[str, str] = {}
@@ -60,7 +59,8 @@ def skip_dropped(model: nn.Module, example_input: Any = None) -> SkipDropped:
     The masks have the same distribution and use the same random numbers as timm's. Outputs are
     equal to timm's up to floating-point tolerance; with dropout on the path they are so in
     distribution, since what is not computed draws no dropout. A path with batch statistics is left
-    to timm, because they would be taken over other samples. Compiled models compute everything.
+    to timm, because they would be taken over other samples. Compiled models compute everything, and
+    so does a deepcopy.
 
     Args:
         model: any module with timm DropPaths, not wrapped; patched in place until `detach()`.

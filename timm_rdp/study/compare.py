@@ -29,6 +29,7 @@ from .compare_grid import (
     write_grid,
 )
 from .compare_report import OUTPUTS, write_report
+from .compare_results import read_results
 from .compare_runs import (
     DIVERGED,
     DONE,
@@ -105,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         _check_libraries()
         if args.report is None:
             return compare(args, rest)
+        if not args.report:
+            raise UsageError("--report '': name the folder of a comparison")
         changed = [k for k, v in vars(args).items() if v != parser.get_default(k)]
         extra = [flag(name) for name in changed if name not in ("report", "pick")] + rest
         if extra:
@@ -141,7 +144,16 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         for rate in rates:
             settle_matched(grid, options, rate)
 
-    (output / "runs").mkdir(parents=True, exist_ok=True)
+    read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
+    asked = {run.name for run in _runs(args, rates)}
+    grid["runs"] = sorted(asked.union(grid.get("runs", ())))
+
+    try:
+        (output / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {output}: cannot be made ({error.strerror}); name another folder"
+        ) from None
     lock = _lock(output)
     try:
         write_grid(output, grid)

@@ -22,6 +22,8 @@ from timm_rdp.training.errors import UsageError
 from timm_rdp.training.example import example_input
 from timm_rdp.training.model import build_model, setup_precision
 
+# What `count_costs` counts of a model that has paths beside "update".
+COSTS_OF_PATHS = ("droppath", "complement", "complements")
 FLOP_CYCLES = 50
 UPDATE_CYCLES = 200
 
@@ -97,7 +99,7 @@ def count_costs(
             raise UsageError(f"--model {args.model}: {error}") from error
         dropped = (_dropped(rdp, cycle) for cycle in range(UPDATE_CYCLES))
         trained = sum(bool(rdp.dropped_part(names)) for names in dropped)
-        costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
+        costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
     if args.naflex_loader:
         return costs
     images = torch.empty(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from timm_rdp.training.options import parse_args
 from timm_rdp.training.outputs import write_atomically
 
 from .compare_cost import (
+    COSTS_OF_PATHS,
     build_on_meta,
     count_costs,
     flops_per_image,
@@ -132,12 +134,29 @@ def read_grid(output: Path) -> dict[str, Any] | None:
         for name in ("options", "versions", "data", "costs", "matched_epochs"):
             if not isinstance(grid[name], dict):
                 raise ValueError(f"{name} is no mapping")
-        grid["match"]
+        _check_grid(grid)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise UsageError(f"{output / GRID} has no entry {error}; use another folder") from None
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{output / GRID} cannot be read ({error}); use another folder") from None
     return grid
+
+
+def _check_grid(grid: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError where something is missing that is read later."""
+    grid["match"]
+    for name in ("model", "data_dir", "dataset", *FOR_RDP):
+        grid["options"][name]
+    for rate, costs in grid["costs"].items():
+        for name in ("update",) if rate == _key(None) else ("update", *COSTS_OF_PATHS):
+            costs[name]
+    if grid["costs"]:
+        for name in ("batches_per_epoch", "batch_size"):
+            grid["data"][name]
+    if not isinstance(grid.get("runs", []), list):
+        raise ValueError("runs is no list")
 
 
 def write_grid(output: Path, grid: dict[str, Any]) -> None:
@@ -182,7 +201,7 @@ def same_grid(
     then = {**grid["options"], "match": grid["match"]}
     now = {**own, "match": match}
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name):
+        if then.get(name) != now.get(name) and not _same_folder(name, then, now):
             raise UsageError(
                 f"--output {output}: holds another grid ({flag(name)} {then.get(name)} there, "
                 f"{now.get(name)} here); name another folder"
@@ -195,6 +214,12 @@ def same_grid(
                 file=sys.stderr,
             )
     return grid
+
+
+def _same_folder(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether an option is the data folder, only written in another way."""
+    folders = [options.get(name) for options in (then, now)]
+    return name == "data_dir" and all(folders) and os.path.samefile(*folders)
 
 
 def check_runs(
@@ -214,6 +239,12 @@ def check_runs(
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
+    start, total = options.rdp_start_epoch, total_epochs(options, options.epochs)
+    if start >= total and set(variants) & set(RDP_VARIANTS):
+        raise UsageError(
+            f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
+            "give a smaller one"
+        )
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / RECIPE
         recipe.write_text(yaml.safe_dump(shared_options(options)))

@@ -1,5 +1,6 @@
 """What the runs of a comparison came to, variant by variant."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from .compare_runs import (
     VARIANTS,
     Run,
     all_runs,
+    damaged,
     read_record,
     summary_rows,
 )
 from .compare_stats import Comparison, Mean, compare, mean_of
 
 MEASURED = ("top1", "eval_loss", "train_loss")
+NOT_BEGUN = "not begun"
 
 
 @dataclass
@@ -70,33 +73,46 @@ class Row:
 
 
 def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
-    """What every run in a folder came to, finished or not.
+    """What every run in a folder, or asked for, came to, finished or not.
 
     Args:
         output: the folder of the comparison.
         grid: what its grid.json says.
         pick: "last" epoch of each run, or "best".
+
+    Raises:
+        UsageError: what there is of one is damaged.
     """
-    return [_result(output, run, grid, pick) for run in all_runs(output)]
+    return [_result(output, run, grid, pick) for run in all_runs(output, grid.get("runs", ()))]
 
 
 def _result(output: Path, run: Run, grid: dict[str, Any], pick: str) -> Result:
     record = read_record(output, run)
     measured: dict[str, float | None] = dict.fromkeys(MEASURED)
     if record["status"] == DONE:
-        rows = summary_rows(output / "runs" / run.name)
-        row = max(rows, key=lambda r: float(r["eval_top1"])) if pick == "best" else rows[-1]
-        columns = zip(MEASURED, ("eval_top1", "eval_loss", "train_loss"), strict=True)
-        measured = {name: float(row[column]) for name, column in columns}
+        measured = _measured(output / "runs" / run.name, pick)
     return Result(
         run=run,
-        status=record["status"],
+        status=record["status"] or NOT_BEGUN,
         epochs=record["epochs"],
         **measured,
         seconds=record["seconds"],
         flops=flops_of_epochs(grid, run.variant, run.drop_path, record["epochs"]),
         error=record["error"],
     )
+
+
+def _measured(folder: Path, pick: str) -> dict[str, float]:
+    rows = summary_rows(folder)
+    try:
+        row = max(rows, key=lambda r: float(r["eval_top1"])) if pick == "best" else rows[-1]
+        columns = zip(MEASURED, ("eval_top1", "eval_loss", "train_loss"), strict=True)
+        measured = {name: float(row[column]) for name, column in columns}
+        if not all(map(math.isfinite, measured.values())):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise damaged(folder, "does not hold a number for each result") from None
+    return measured
 
 
 def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Comparison]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from timm_rdp.training.errors import UsageError
 from timm_rdp.training.outputs import SUMMARY, write_atomically
 
 VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
@@ -81,9 +82,10 @@ def run_of_name(name: str) -> Run | None:
         return None
 
 
-def all_runs(output: Path) -> list[Run]:
-    """Every run that the folder has something of, in a fixed order."""
+def all_runs(output: Path, asked: Iterable[str] = ()) -> list[Run]:
+    """Every run that was asked for by name or that the folder has something of, in fixed order."""
     names = {path.name.removesuffix(".json") for path in (output / "runs").glob("*-seed*")}
+    names.update(asked)
     runs = [run for name in names if (run := run_of_name(name)) is not None]
     return sorted(runs, key=lambda r: (r.drop_path or 0.0, VARIANTS.index(r.variant), r.seed))
 
@@ -105,29 +107,67 @@ def variant_flags(
 def read_record(output: Path, run: Run) -> dict[str, Any]:
     """What is known of a run: status, seconds, epochs, error.
 
-    Status "" is a run that has not begun.
+    Status "" is a run that has not begun, or whose folder was removed.
+
+    Raises:
+        UsageError: what there is of it is damaged.
     """
-    file = output / "runs" / f"{run.name}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    folder = output / "runs" / run.name
+    file, folder = output / "runs" / f"{run.name}.json", output / "runs" / run.name
     status = INTERRUPTED if folder.is_dir() else ""
-    return {"status": status, "seconds": None, "epochs": epochs_done(folder), "error": ""}
+    epochs = epochs_done(folder)
+    unfinished = {"status": status, "seconds": None, "epochs": epochs, "error": ""}
+    try:
+        record = json.loads(file.read_text())
+        if record.keys() != unfinished.keys() or record["status"] not in (DONE, DIVERGED, FAILED):
+            raise ValueError("it is no record of a run")
+    except FileNotFoundError:
+        return unfinished
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{file} cannot be read ({error}): delete it, and the comparison's command goes on "
+            "with that run"
+        ) from None
+    if record["status"] != DONE or record["epochs"] == epochs:
+        return record
+    if not status:
+        return unfinished
+    raise damaged(folder, f"holds {epochs} of the {record['epochs']} epochs that the run did")
+
+
+def damaged(folder: Path, what: str) -> UsageError:
+    """The error of a run whose summary.csv is not what the run wrote."""
+    return UsageError(
+        f"{folder / SUMMARY} {what}: delete {folder}, and the comparison's command trains that run "
+        "again"
+    )
 
 
 def summary_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv."""
+    """The rows of a run's summary.csv.
+
+    Raises:
+        UsageError: it is damaged.
+    """
     try:
         text = (folder / SUMMARY).read_text()
+    except UnicodeDecodeError as error:
+        raise damaged(folder, f"is no text ({error.reason})") from None
     except OSError:
         return []
     return list(csv.DictReader(text.splitlines()))
 
 
 def epochs_done(folder: Path) -> int:
-    """How many epochs a run's summary.csv goes up to."""
+    """How many epochs a run's summary.csv goes up to.
+
+    Raises:
+        UsageError: it is damaged.
+    """
     rows = summary_rows(folder)
-    return int(rows[-1]["epoch"]) + 1 if rows else 0
+    try:
+        return int(rows[-1]["epoch"]) + 1 if rows else 0
+    except (KeyError, TypeError, ValueError):
+        raise damaged(folder, "has no column of epochs") from None
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:

@@ -12,8 +12,10 @@ def check_output(folder: str | Path) -> Path:
     """The output folder, which exists or can be made; nothing is made yet.
 
     Raises:
-        UsageError: it is a file, lies below one, or cannot be written.
+        UsageError: it has no name, is a file, lies below one, or cannot be written.
     """
+    if not str(folder):
+        raise UsageError("--output '': name a folder")
     folder = Path(folder)
     there = folder
     while not there.exists() and there != there.parent:

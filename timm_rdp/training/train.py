@@ -155,6 +155,11 @@ def set_up(args: argparse.Namespace) -> Run:
         **scheduler_kwargs(args, decreasing_metric=_eval_metric(run) == "loss"),
         updates_per_epoch=run.updates_per_epoch,
     )
+    if args.rdp and args.rdp_start_epoch >= run.num_epochs and utils.is_primary(args):
+        _logger.warning(
+            f"--rdp-start-epoch {args.rdp_start_epoch}: the run has {run.num_epochs} epochs, so "
+            "that ResidualDroppath never begins."
+        )
     run.first_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
     _continue_at(run, checkpoint)
     run.progress = Progress(args)
