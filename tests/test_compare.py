@@ -707,6 +707,20 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
         assert image.size[0] <= figures.WIDTH * figures.DPI
 
 
+@pytest.mark.parametrize("scores, cut", [([50, 51], True), ([50, 51, 50, 51, 50, 51], False)])
+def test_intervals_that_leave_the_frame_are_said_to_be_cut(stubbed, scores, cut, monkeypatch):
+    plan = {
+        f"{variant}-0.1-seed{seed}": {"top1": [score]}
+        for variant in ("droppath", "rdp")
+        for seed, score in enumerate(scores)
+    }
+    kept = []
+    draw = compare_report.draw
+    monkeypatch.setattr(compare_report, "draw", lambda *a: kept.append(draw(*a)) or kept[0])
+    assert stubbed("--seeds", len(scores), "--jobs", 4, plan=plan) == 0
+    assert ("cut off" in kept[0].get_suptitle()) == cut
+
+
 def test_runs_are_found_by_name_and_other_folders_left_alone():
     for run in (Run("plain", None, 3), Run("droppath-matched", 1e-5, 0), Run("rdp-next", 0.1, 12)):
         assert compare_runs.run_of_name(run.name) == run

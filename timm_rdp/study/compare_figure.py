@@ -44,13 +44,14 @@ def draw(table: Mapping[float, Sequence[Row]], model: str, pick: str) -> "Figure
         axes.set_visible(False)
     for axes in panels[::columns]:
         axes.set_ylabel(f"top-1, {pick} epoch (%)")
-    _limit_height(panels[0], [row for rows in shown.values() for row in rows])
+    cut = _limit_height(panels[0], [row for rows in shown.values() for row in rows])
     if handles:
         ordered = {v: handles[v] for v in VARIANTS if v in handles}
         figure.legend(
             ordered.values(), ordered.keys(), loc="outside lower center", ncols=3, fontsize=8
         )
-    figure.suptitle(f"{model}: a dot a seed; the mean and its 95 % interval", fontsize=11)
+    how = ", cut off at the frame" if cut else ""
+    figure.suptitle(f"{model}: a dot a seed; the mean and its 95 % interval{how}", fontsize=11)
     return figure
 
 
@@ -87,17 +88,22 @@ def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
     )
 
 
-def _limit_height(axes: "Axes", rows: Sequence[Row]) -> None:
-    """Where there are so few seeds that intervals dwarf the dots, the dots decide."""
+def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
+    """Where there are so few seeds that intervals dwarf the dots, the dots decide.
+
+    Returns:
+        whether an interval is cut off
+    """
     values = [r.top1 for row in rows for r in row.results if r.status == DONE]
     if not values:
-        return
+        return False
     edges = [e for row in rows for e in (row.top1.low, row.top1.high) if e is not None]
     span = max(values) - min(values) or 1.0
     low = max(min([*values, *edges]), min(values) - 1.5 * span)
     high = min(max([*values, *edges]), max(values) + 1.5 * span)
     margin = 0.06 * (high - low or 1.0)
     axes.set_ylim(low - margin, high + margin)
+    return any(not low <= edge <= high for edge in edges)
 
 
 def _side_by_side(places: Sequence[float]) -> list[float]:

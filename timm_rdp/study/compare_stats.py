@@ -128,7 +128,7 @@ def sentence(c: Comparison) -> str:
     start += f"corrected {p_text(c.corrected)}: "
     if c.corrected >= LEVEL:
         alone = c.p is not None and c.p < LEVEL
-        return start + ("none that holds after correction." if alone else "no difference seen.")
+        return start + f"no difference {'that holds after correction' if alone else 'seen'}."
     return start + f"{c.variant} is {'better' if d.mean > 0 else 'worse'}."
 
 
