@@ -368,7 +368,7 @@ def draw(args: argparse.Namespace, results: list[dict]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("time relative to timm's own update")
     axes.set_title("Cost of ResidualDroppath: one update of each kind against timm's")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(args.output / "speed.png", dpi=110)
     plt.close(figure)
 
