@@ -17,3 +17,7 @@ timm-rdp compare $all $grid $vit --lr 1e-3 --batch-size 32 --epochs 40 --output 
     --variants plain droppath droppath-matched rdp
 timm-rdp compare $few $grid $vit --lr 1e-3 --epochs 120 --output output/compare/vit_300_long \
     --variants plain droppath droppath-matched rdp
+
+# What explore_digits.sh suggested, on seeds of its own.
+timm-rdp compare $few $grid $resnet zero_init_last=False --lr 2e-3 --epochs 50 --drop-paths 0.3 --first-seed 200 --seeds 10 \
+    --output output/compare/resnet_300_plain_residual --variants plain droppath droppath-matched rdp

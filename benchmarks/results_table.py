@@ -13,8 +13,9 @@ GRIDS = {
     "resnet_300": "ResNet, 300 images, 50 epochs",
     "resnet_all": "ResNet, all, 12 epochs",
     "vit_300": "ViT, 300 images, 80 epochs",
-    "vit_300_long": "ViT, 300 images, 160 epochs",
+    "vit_300_long": "ViT, 300 images, 120 epochs",
     "vit_all": "ViT, all, 40 epochs",
+    "resnet_300_plain_residual": "ResNet without zero_init_last, 300 images, 50 epochs",
 }
 
 
