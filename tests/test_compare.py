@@ -669,11 +669,22 @@ def test_a_grid_that_lacks_an_entry_is_named(stubbed, entry, capsys):
     assert f"{path} has no entry" in capsys.readouterr().err
 
 
-def test_the_same_data_by_another_path_are_the_same_grid(stubbed, digits_folder, monkeypatch):
+def _with_data_dir(grid: dict, folder: str) -> dict:
+    return {**grid, "options": {**grid["options"], "data_dir": folder}}
+
+
+def test_the_same_data_by_another_path_are_the_same_grid(
+    stubbed, digits_folder, monkeypatch, capsys
+):
     assert stubbed("--seeds", 1) == 0
     monkeypatch.chdir(digits_folder.parent)
     assert stubbed("--seeds", 1, "--data-dir", digits_folder.name) == 0
     assert stubbed.calls() == []
+    path = stubbed.output / "grid.json"
+    path.write_text(json.dumps(_with_data_dir(json.loads(path.read_text()), "/gone/digits")))
+    capsys.readouterr()
+    assert stubbed("--seeds", 1) == 2
+    assert "--data-dir" in capsys.readouterr().err
 
 
 def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):

@@ -219,7 +219,7 @@ def same_grid(
 def _same_folder(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether an option is the data folder, only written in another way."""
     folders = [options.get(name) for options in (then, now)]
-    return name == "data_dir" and all(folders) and os.path.samefile(*folders)
+    return name == "data_dir" and all(folders) and len(set(map(os.path.realpath, folders))) == 1
 
 
 def check_runs(
