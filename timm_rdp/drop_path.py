@@ -176,12 +176,10 @@ def _as_mask(entry: object) -> Tensor:
 
 def why_none_is_called(model: nn.Module) -> str:
     """What to do with a model whose forward calls no DropPath, as the end of an error."""
-    there = sum(isinstance(m, DropPath) for m in model.modules())
-    if there:
-        advice = f"though there are {there} (in blocks without a shortcut): use another model"
-    else:
-        advice = "create it with drop_path_rate=0.1, or use a model that has stochastic depth"
-    return f"no DropPath is called in its forward{', ' if there else ': '}{advice}"
+    why = "no DropPath is called in its forward"
+    if there := sum(isinstance(m, DropPath) for m in model.modules()):
+        return f"{why}, though it has {there}: use another model"
+    return f"{why}: create it with drop_path_rate=0.1, or use a model that has stochastic depth"
 
 
 def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
