@@ -6,6 +6,10 @@ The two run side by side with the same flags on the same images, each on a proce
 own, and change cores after every pair, so that whatever else slows the machine slows both. The time
 is that from the first epoch's checkpoint to the last one's. Writes the ratios ours / timm's, pair
 by pair in loop.csv, and as median and quartiles in loop.md. Linux only.
+
+Each pair runs twice: with the heap as it is, and with a heap that keeps its memory. glibc hands the
+heap's end back to the system when enough of it is free, and fetches it again page by page; whether
+an update does that depends on where the heap happens to end, in both scripts.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -24,6 +29,13 @@ from parity import write_digits
 from tqdm import tqdm
 
 TRAIN_IMAGES = 960
+HEAPS = {
+    "as it is": {},
+    "keeps memory": {
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    },
+}
 CASES = {
     # Small and quick updates, where a loop's own work shows.
     "test_vit": "--model test_vit --img-size 32 --model-kwargs img_size=32 -b 16",
@@ -55,22 +67,38 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_digits(root / "data", train=TRAIN_IMAGES)
-        for name, flags in CASES.items():
-            for pair in tqdm(range(args.pairs), desc=name, leave=False, disable=None):
+        for (name, flags), heap in product(CASES.items(), HEAPS):
+            for pair in tqdm(range(args.pairs), desc=f"{name}, {heap}", leave=False, disable=None):
                 places = dict(zip(scripts, cores[:: 1 if pair % 2 else -1], strict=True))
                 running = {
-                    who: start(scripts[who], flags, root, f"{name} {pair} {who}", core, args.epochs)
+                    who: start(
+                        scripts[who],
+                        flags,
+                        root,
+                        f"{name} {heap} {pair} {who}",
+                        core,
+                        args.epochs,
+                        HEAPS[heap],
+                    )
                     for who, core in places.items()
                 }
-                spent = {who: seconds(*run, args.epochs) for who, run in running.items()}
-                pairs.append({"flags": name, **spent, "ratio": spent["ours"] / spent["timm"]})
+                row: dict = {"flags": name, "heap": heap}
+                for who, run in running.items():
+                    row[who], row[f"{who} page faults"] = cost(*run, args.epochs)
+                pairs.append({**row, "ratio": row["ours"] / row["timm"]})
             write(args.output, pairs, args.epochs)
     print((args.output / "loop.md").read_text())
     return 0
 
 
 def start(
-    script: Path, flags: str, root: Path, experiment: str, core: int, epochs: int
+    script: Path,
+    flags: str,
+    root: Path,
+    experiment: str,
+    core: int,
+    epochs: int,
+    heap: dict[str, str],
 ) -> tuple[subprocess.Popen, Path]:
     """Start a run on a core of its own; returns the process and the folder that it writes."""
     command = f"{sys.executable} {script} --data-dir {root / 'data'} --num-classes 10 --workers 0 "
@@ -81,20 +109,27 @@ def start(
         cwd=root,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **heap},
     )
     os.sched_setaffinity(process.pid, {core})
     return process, root / experiment
 
 
-def seconds(process: subprocess.Popen, folder: Path, epochs: int) -> float:
-    """Wait for a run's end; the time from its first epoch's checkpoint to its last one's."""
-    if process.wait():
+def cost(process: subprocess.Popen, folder: Path, epochs: int) -> tuple[float, int]:
+    """Wait for a run's end.
+
+    Returns:
+        seconds from its first epoch's checkpoint to its last one's, and the page faults of all of
+        it that needed no disk
+    """
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         raise SystemExit(f"{' '.join(process.args)} ended with status {process.returncode}")
     first, last = (
         (folder / f"checkpoint-{epoch}.pth.tar").stat().st_mtime for epoch in (0, epochs - 1)
     )
-    return last - first
+    return last - first, usage.ru_minflt
 
 
 def write(output: Path, pairs: list[dict], epochs: int) -> None:
@@ -108,17 +143,21 @@ def write(output: Path, pairs: list[dict], epochs: int) -> None:
         f"{timm.__version__}; {epochs - 1} epochs of {TRAIN_IMAGES} images of 32 x 32. Ratio of "
         "our script's time, without --rdp, to timm's.",
         "",
-        "| flags | pairs | timm, s, median | ratio, median | quartiles | least - largest |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| flags | heap | pairs | timm, s, median | ratio, median | quartiles | least - largest | "
+        "page faults, 1000, timm | ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name in dict.fromkeys(p["flags"] for p in pairs):
-        own = [p for p in pairs if p["flags"] == name]
+    for name, heap in dict.fromkeys((p["flags"], p["heap"]) for p in pairs):
+        own = [p for p in pairs if (p["flags"], p["heap"]) == (name, heap)]
         ratios = [p["ratio"] for p in own]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         usual = statistics.median(p["timm"] for p in own)
+        faults = (sorted(p[f"{who} page faults"] // 1000 for p in own) for who in ("timm", "ours"))
         lines.append(
-            f"| {name} | {len(own)} | {usual:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | "
-            f"{min(ratios):.2f} - {max(ratios):.2f} |"
+            f"| {name} | {heap} | {len(own)} | {usual:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} "
+            f"| {min(ratios):.2f} - {max(ratios):.2f} | "
+            + " | ".join(f"{f[0]} - {f[-1]}" for f in faults)
+            + " |"
         )
     (output / "loop.md").write_text("\n".join(lines) + "\n")
 

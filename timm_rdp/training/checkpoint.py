@@ -26,6 +26,7 @@ from timm_rdp.training.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)
 
+_BUFFER_BYTES = 1 << 20
 _RDP_OPTIONS = ("rdp_batch", "rdp_every", "rdp_start_epoch", "rdp_seed", "drop_path")
 
 
@@ -348,14 +349,11 @@ class _NotingFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        view, total = memoryview(data).cast("B"), 0
         try:
-            while total < len(view):
-                total += super().write(view[total:])
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-        return total
 
 
 class Saver(utils.CheckpointSaver):
@@ -383,8 +381,10 @@ class Saver(utils.CheckpointSaver):
         # The paths that arrive here are temporary; timm's _replace gives them their name.
         file = None
         try:
-            with _NotingFile(save_path, "wb") as file:
-                super()._save(file, epoch, metric)
+            file = _NotingFile(save_path, "wb")
+            with io.BufferedWriter(file, _BUFFER_BYTES) as buffered:  # torch writes in small pieces
+                super()._save(buffered, epoch, metric)
+                buffered.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
