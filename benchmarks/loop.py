@@ -7,9 +7,10 @@ own, and change cores after every pair, so that whatever else slows the machine 
 is that from the first epoch's checkpoint to the last one's. Writes the ratios ours / timm's, pair
 by pair in loop.csv, and as median and quartiles in loop.md. Linux only.
 
-Each pair runs twice: with the heap as it is, and with a heap that keeps its memory. glibc hands the
-heap's end back to the system when enough of it is free, and fetches it again page by page; whether
-an update does that depends on where the heap happens to end, in both scripts.
+glibc hands the end of its heap back to the system when enough of it is free, and fetches it again
+page by page; whether an update does that depends on where the heap happens to end, in both scripts,
+and makes runs of the same script differ by a tenth. So the heap keeps its memory in both, unless
+--free-heap is given.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -28,22 +29,36 @@ import torch
 from parity import write_digits
 from tqdm import tqdm
 
-TRAIN_IMAGES = 960
-HEAPS = {
-    "as it is": {},
-    "keeps memory": {
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
-    },
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
 }
-CASES = {
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both scripts train."""
+
+    name: str
+    flags: str
+    images: int = 960
+    epochs: int = 21  # of a run; the first is not timed
+
+
+SMALL = "--img-size 32 -b 16"
+CASES = (
     # Small and quick updates, where a loop's own work shows.
-    "test_vit": "--model test_vit --img-size 32 --model-kwargs img_size=32 -b 16",
-    "test_resnet": "--model test_resnet --img-size 32 -b 16 --opt sgd",
+    Case("test_vit", f"--model test_vit --model-kwargs img_size=32 {SMALL}"),
+    Case("test_resnet", f"--model test_resnet {SMALL} --opt sgd"),
     # Augmentation, mixing and averaged weights too.
-    "test_vit, recipe": "--model test_vit --img-size 32 --model-kwargs img_size=32 -b 16 --aa "
-    "rand-m5-n2 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --model-ema --drop-path 0.1",
-}
+    Case(
+        "test_vit, recipe",
+        f"--model test_vit --model-kwargs img_size=32 {SMALL} --aa rand-m5-n2 --mixup 0.8 "
+        "--cutmix 1.0 --reprob 0.25 --model-ema --drop-path 0.1",
+    ),
+    # A model that people use.
+    Case("vit_tiny_patch16_224", "--model vit_tiny_patch16_224 -b 16", images=160, epochs=6),
+)
 
 
 def main() -> int:
@@ -51,7 +66,7 @@ def main() -> int:
     parser.add_argument("--timm-script", type=Path, required=True, help="timm's train.py")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loop"))
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=21, help="of a run; the first is not timed")
+    parser.add_argument("--free-heap", action="store_true", help="leave glibc's heap as it is")
     args = parser.parse_args()
     if not args.timm_script.is_file():
         parser.error(f"--timm-script {args.timm_script}: there is no such file")
@@ -63,47 +78,34 @@ def main() -> int:
         "timm": args.timm_script.resolve(),
         "ours": Path(__file__).resolve().parents[1] / "train_rdp.py",
     }
+    heap = {} if args.free_heap else KEEP_MEMORY
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_digits(root / "data", train=TRAIN_IMAGES)
-        for (name, flags), heap in product(CASES.items(), HEAPS):
-            for pair in tqdm(range(args.pairs), desc=f"{name}, {heap}", leave=False, disable=None):
-                places = dict(zip(scripts, cores[:: 1 if pair % 2 else -1], strict=True))
+        for case in CASES:
+            write_digits(root / str(case.images), train=case.images)
+            for pair in tqdm(range(args.pairs), desc=case.name, leave=False, disable=None):
+                places = zip(scripts, cores[:: 1 if pair % 2 else -1], strict=True)
                 running = {
-                    who: start(
-                        scripts[who],
-                        flags,
-                        root,
-                        f"{name} {heap} {pair} {who}",
-                        core,
-                        args.epochs,
-                        HEAPS[heap],
-                    )
-                    for who, core in places.items()
+                    who: start(case, scripts[who], root, f"{case.name} {pair} {who}", core, heap)
+                    for who, core in places
                 }
-                row: dict = {"flags": name, "heap": heap}
+                row: dict = {"case": case.name}
                 for who, run in running.items():
-                    row[who], row[f"{who} page faults"] = cost(*run, args.epochs)
+                    row[who], row[f"{who} page faults"] = cost(*run, case.epochs)
                 pairs.append({**row, "ratio": row["ours"] / row["timm"]})
-            write(args.output, pairs, args.epochs)
+            write(args.output, pairs, args.free_heap)
     print((args.output / "loop.md").read_text())
     return 0
 
 
 def start(
-    script: Path,
-    flags: str,
-    root: Path,
-    experiment: str,
-    core: int,
-    epochs: int,
-    heap: dict[str, str],
+    case: Case, script: Path, root: Path, experiment: str, core: int, heap: dict[str, str]
 ) -> tuple[subprocess.Popen, Path]:
     """Start a run on a core of its own; returns the process and the folder that it writes."""
-    command = f"{sys.executable} {script} --data-dir {root / 'data'} --num-classes 10 --workers 0 "
-    command += f"--epochs {epochs} --warmup-epochs 0 --device cpu --lr 1e-3 --checkpoint-hist "
-    command += f"{epochs} --output {root} {flags}"
+    command = f"{sys.executable} {script} --data-dir {root / str(case.images)} --num-classes 10 "
+    command += f"--workers 0 --epochs {case.epochs} --warmup-epochs 0 --device cpu --lr 1e-3 "
+    command += f"--checkpoint-hist {case.epochs} --output {root} {case.flags}"
     process = subprocess.Popen(
         [*command.split(), "--experiment", experiment],
         cwd=root,
@@ -132,30 +134,32 @@ def cost(process: subprocess.Popen, folder: Path, epochs: int) -> tuple[float, i
     return last - first, usage.ru_minflt
 
 
-def write(output: Path, pairs: list[dict], epochs: int) -> None:
+def write(output: Path, pairs: list[dict], free_heap: bool) -> None:
     """Write loop.csv and loop.md."""
     with open(output / "loop.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, pairs[0].keys())
         writer.writeheader()
         writer.writerows(pairs)
+    heap = "the heap as it is" if free_heap else "a heap that keeps its memory"
     lines = [
         f"CPU, {platform.machine()}, one core each, torch {torch.__version__}, timm "
-        f"{timm.__version__}; {epochs - 1} epochs of {TRAIN_IMAGES} images of 32 x 32. Ratio of "
-        "our script's time, without --rdp, to timm's.",
+        f"{timm.__version__}, {heap}. Ratio of our script's time, without --rdp, to timm's.",
         "",
-        "| flags | heap | pairs | timm, s, median | ratio, median | quartiles | least - largest | "
-        "page faults, 1000, timm | ours |",
+        "| flags | epochs x images | pairs | timm, s, median | ratio, median | quartiles | "
+        "least - largest | page faults, 1000, timm | ours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, heap in dict.fromkeys((p["flags"], p["heap"]) for p in pairs):
-        own = [p for p in pairs if (p["flags"], p["heap"]) == (name, heap)]
+    for case in CASES:
+        own = [p for p in pairs if p["case"] == case.name]
+        if not own:
+            continue
         ratios = [p["ratio"] for p in own]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         usual = statistics.median(p["timm"] for p in own)
         faults = (sorted(p[f"{who} page faults"] // 1000 for p in own) for who in ("timm", "ours"))
         lines.append(
-            f"| {name} | {heap} | {len(own)} | {usual:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} "
-            f"| {min(ratios):.2f} - {max(ratios):.2f} | "
+            f"| {case.name} | {case.epochs - 1} x {case.images} | {len(own)} | {usual:.1f} "
+            f"| {middle:.2f} | {low:.2f} - {high:.2f} | {min(ratios):.2f} - {max(ratios):.2f} | "
             + " | ".join(f"{f[0]} - {f[-1]}" for f in faults)
             + " |"
         )

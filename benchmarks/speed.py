@@ -22,10 +22,10 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath, skip_dropped
+from timm_rdp.study.flops import FlopCounter
 
 ROWS = (
     ("vit_small_patch16_224", 0.1),
@@ -206,10 +206,10 @@ def predict(
     data = tuple(t.to("meta") for t in batch(args, model))
 
     def flops() -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             F.cross_entropy(model(data[0]), data[1]).backward()
         model.zero_grad()
-        return counter.get_total_flops()
+        return counter.flops
 
     base = flops()
     rdp = ResidualDropPath(model)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
@@ -21,6 +19,8 @@ from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.errors import UsageError
 from timm_rdp.training.example import example_input
 from timm_rdp.training.model import build_model, setup_precision
+
+from .flops import FlopCounter
 
 # What `count_costs` counts of a model that has paths beside "update".
 COSTS_OF_PATHS = ("droppath", "complement", "complements")
@@ -124,27 +124,8 @@ def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
     return [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up what torch's own FlopCounterMode would, without its search for further parts.
-
-    That takes as long again as the passes themselves, and finds nothing in timm's models.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
-        return out
-
-
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
-    with _Counter() as counter:
+    with FlopCounter() as counter:
         outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
         sum(output.sum() for output in outputs).backward()
     model.zero_grad()
