@@ -119,7 +119,7 @@ def _rows(count, with_rdp):
 @pytest.mark.parametrize("count", [1, 2, 300])
 @pytest.mark.parametrize("with_rdp", [True, False])
 def test_curves_are_drawn_in_their_colours(tmp_path, count, with_rdp):
-    assert draw_curves(str(tmp_path), _rows(count, with_rdp))
+    draw_curves(str(tmp_path), _rows(count, with_rdp))
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).reshape(-1, 3)
     colours = {tuple(colour) for colour in np.unique(pixels, axis=0)}
     assert (0x00, 0x72, 0xB2) in colours  # training, or droppath iterations
@@ -128,7 +128,8 @@ def test_curves_are_drawn_in_their_colours(tmp_path, count, with_rdp):
 
 
 def test_curves_of_a_run_without_validation_are_drawn(tmp_path):
-    assert draw_curves(str(tmp_path), [{"epoch": 0, "train_loss": 1.0, "lr": 0.1}])
+    draw_curves(str(tmp_path), [{"epoch": 0, "train_loss": 1.0, "lr": 0.1}])
+    assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 def test_without_matplotlib_a_run_says_so_once_and_goes_on(
@@ -169,7 +170,7 @@ def test_a_run_draws_its_curves_first_and_last(digits_folder, tmp_path, drawn, m
     assert (folder / "curves.png").stat().st_size > 5000
 
 
-def test_curves_cost_a_fiftieth_of_the_time(tmp_path, drawn, monkeypatch):
+def test_curves_cost_a_five_hundredth_of_the_time(tmp_path, drawn, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
     drawing = outputs.draw_curves
@@ -181,9 +182,9 @@ def test_curves_cost_a_fiftieth_of_the_time(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(outputs, "draw_curves", slowly)
     curves = outputs.Curves(str(tmp_path))
     for epoch in range(1, 31):
-        now[0] += 1
+        now[0] += 11
         assert curves.update(_rows(epoch, False), last=epoch == 30)
-    assert drawn == [1, 11, 21, 30]  # of 0.2 s each, 10 s apart, and the last epoch
+    assert drawn == [1, 11, 21, 30]  # of 0.2 s each, 100 s apart, and the last epoch
 
 
 def test_wandb_gets_the_rows_of_the_summary(digits_folder, tmp_path, monkeypatch):

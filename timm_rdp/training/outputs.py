@@ -126,13 +126,13 @@ class Summary:
 
 
 class Curves:
-    """The run's curves.png, drawn again once that costs no more than a fiftieth of the time.
+    """The run's curves.png, drawn again once that costs no more than 0.2 % of the time.
 
     Args:
         folder: the run's.
     """
 
-    SHARE = 1 / 50
+    SHARE = 1 / 500
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -144,32 +144,39 @@ class Curves:
         Returns:
             False where matplotlib is missing
         """
-        start = time.monotonic()
-        if start < self._due and not last:
+        if time.monotonic() < self._due and not last:
             return True
-        drawn = draw_curves(self._folder, rows)
+        if not _has_matplotlib():
+            return False
+        start = time.monotonic()  # matplotlib is imported only once
+        draw_curves(self._folder, rows)
         end = time.monotonic()
         self._due = end + (end - start) / self.SHARE
-        return drawn
+        return True
 
 
-def draw_curves(folder: str, rows: list[dict]) -> bool:
-    """Draw losses and accuracy over the epochs into curves.png.
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
+        import matplotlib.ticker  # noqa: F401
+    except ImportError:
+        return False
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells about its font cache
+    return True
+
+
+def draw_curves(folder: str, rows: list[dict]) -> None:
+    """Draw losses and accuracy over the epochs into curves.png; needs matplotlib.
 
     Args:
         folder: the run's.
         rows: those of summary.csv.
-
-    Returns:
-        False where matplotlib is missing
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return False
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells about its font cache
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
     lines = {
         "plain": ("plain iterations", "#56B4E9", "v", ":"),
@@ -213,7 +220,6 @@ def draw_curves(folder: str, rows: list[dict]) -> bool:
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_atomically(os.path.join(folder, CURVES), image.getvalue())
-    return True
 
 
 def start_wandb(args: argparse.Namespace, experiment: str):
