@@ -43,11 +43,13 @@ class ResumableSampler:
         sampler: the original: yields lists of indices.
         in_process: whether this process loads the batches (no workers): only then the random states
             before each of them are known.
+        is_continued: whether a pass over it may be continued where it was left.
     """
 
-    def __init__(self, sampler: BatchSampler, in_process: bool):
+    def __init__(self, sampler: BatchSampler, in_process: bool, is_continued: bool = True):
         self._sampler = sampler
         self.in_process = in_process
+        self.is_continued = is_continued
         self.replay: Replay | None = None
         self.undo_base_seed = False
         self.before: dict | None = None
@@ -96,7 +98,7 @@ class _Pass:
             raise
         if self._states:
             set_random_state(self._states.popleft())
-        if self._sampler.in_process:
+        if self._sampler.in_process and self._sampler.is_continued:
             self.states.append(random_state())
         self.yielded += 1
         return indices
@@ -113,11 +115,13 @@ class _Pass:
         self.yielded, self._states = replay.skip, replay.states
 
 
-def make_resumable(loader: Any) -> ResumableSampler | None:
+def make_resumable(loader: Any, is_continued: bool = True) -> ResumableSampler | None:
     """Put a ResumableSampler into a loader of timm's; None where there is no batch sampler.
 
     Args:
         loader: a DataLoader, or timm's prefetcher around one.
+        is_continued: whether a pass over it may be continued where it was left; one that always
+            begins anew need not note where it is.
     """
     inner = getattr(loader, "loader", loader)
     if not isinstance(inner, DataLoader) or inner.batch_sampler is None:
@@ -126,7 +130,7 @@ def make_resumable(loader: Any) -> ResumableSampler | None:
         return inner.batch_sampler
     if isinstance(inner, MultiEpochsDataLoader):
         return None  # one pass without an end, of which it always takes a full epoch
-    sampler = ResumableSampler(inner.batch_sampler, in_process=inner.num_workers == 0)
+    sampler = ResumableSampler(inner.batch_sampler, inner.num_workers == 0, is_continued)
     # DataLoader refuses to have it replaced, though nothing but iter() has looked at it so far.
     vars(inner)["batch_sampler"] = sampler
     return sampler

@@ -149,7 +149,7 @@ def set_up(args: argparse.Namespace) -> Run:
     if args.data_seed is not None:
         run.data_stream = DataStream(args.data_seed, args.rank, device)
     run.train_sampler = make_resumable(data.train)
-    run.eval_sampler = make_resumable(data.eval)
+    run.eval_sampler = make_resumable(data.eval, is_continued=False)
     run.lr_scheduler, run.num_epochs = create_scheduler_v2(
         optimizer,
         **scheduler_kwargs(args, decreasing_metric=_eval_metric(run) == "loss"),
