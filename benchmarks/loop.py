@@ -91,7 +91,8 @@ def main() -> int:
         root = Path(folder)
         for case in CASES:
             write_digits(root / str(case.images), train=case.images)
-            for pair in tqdm(range(min(args.pairs, case.pairs)), desc=case.name, leave=False, disable=None):
+            pairs_of_case = range(min(args.pairs, case.pairs))
+            for pair in tqdm(pairs_of_case, desc=case.name, leave=False, disable=None):
                 places = zip(scripts, cores[:: 1 if pair % 2 else -1], strict=True)
                 running = {
                     who: start(case, scripts[who], root, f"{case.name} {pair} {who}", core, heap)
