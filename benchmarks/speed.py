@@ -11,6 +11,7 @@ that were measured. Writes speed.csv, speed.md and speed.png.
 import argparse
 import csv
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -223,10 +224,16 @@ def predict(
 
 
 def in_own_process(args: argparse.Namespace, name: str, rate: float, kind: str) -> float:
+    """What `peak_memory` returns in a process that has done nothing else."""
+    # glibc else moves this threshold up, and keeps what is freed in a heap with holes: the peak of
+    # the same update then differs by a tenth from process to process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     command = [sys.executable, __file__, "--peak-memory-of", kind, "--model", name]
     command += ["--rate", str(rate), "--batch-size", str(args.batch_size), "--device", args.device]
     command += ["--bf16"] * args.bf16
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     return float(out.split()[-1])
 
 
