@@ -21,6 +21,7 @@ NAMES = [
 ]
 ODD = ["", " ", "0", "1", "2", "-1", "0.5", "nan", "inf", "1e400", "9" * 5000]
 ODD += ["a=b", "a={[]: 1}", "=", ":", ".", "/", "\0", "é\n"]
+ODD += ["a" * 300, "absent/" + "a" * 300, "/dev/null", "/dev/null/below"]
 ODD += ["cpu", "cuda:99", "train", "rand-m9", "local-dir:", "hf-hub:"]
 WORDS = st.one_of(
     st.sampled_from(NAMES),
@@ -54,6 +55,15 @@ def test_any_command_line_gives_options_or_one_line(argv):
     else:
         assert isinstance(args, argparse.Namespace)
         assert args_text(args)
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_any_odd_value_of_any_flag_gives_options_or_one_line(value):
+    for name in NAMES:
+        try:
+            assert args_text(parse_args([name, value]))
+        except UsageError as error:
+            assert_one_line(error)
 
 
 VALUES = st.recursive(

@@ -17,8 +17,8 @@ from PIL import Image
 from runs import VIT, flags, rows, run
 
 from timm_rdp.training import outputs
-from timm_rdp.training.errors import TrainingError
-from timm_rdp.training.outputs import Summary, draw_curves
+from timm_rdp.training.errors import TrainingError, UsageError
+from timm_rdp.training.outputs import Summary, check_output, draw_curves
 
 TRAIN = OrderedDict(loss=2.302585092994046)
 EVAL = OrderedDict(loss=0.1, top1=100 / 3, top5=1e-17)
@@ -231,3 +231,32 @@ def test_without_a_validation_split_the_summary_ranks_by_the_training_loss(
     assert list(rows(folder)[0]) == ["epoch", "train_loss", "lr"]
     assert (folder / "model_best.pth.tar").exists()
     assert capsys.readouterr().out.startswith("--result\n[")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "name a folder"),
+        ("taken", "is a file, not a folder"),
+        ("taken/below", "is a file, not a folder"),
+        ("a" * 300, "name too long"),
+        ("absent/" + "a" * 300, "name too long"),
+        ("loop/below", "symbolic links"),
+        ("\0", "null byte"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_is_named_and_nothing_is_made(
+    name, why, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=f"^--output.*{why}"):
+        check_output(name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loop", "taken"]
+
+
+def test_an_output_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    assert check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert check_output(tmp_path) == tmp_path
+    assert not list(tmp_path.iterdir())

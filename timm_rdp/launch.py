@@ -7,7 +7,6 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from timm_rdp.args import add_rdp_args
 from timm_rdp.launch_hooks import hooked
@@ -84,7 +83,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
         given = f", not {rest[0]}" if rest else ""
         raise UsageError(f"timm-rdp launch takes the path of a script first{given}")
     script, script_args = rest[0], rest[1:]
-    if not Path(script).is_file():
+    if not os.path.isfile(script):
         raise UsageError(f"SCRIPT {script}: there is no such file; check the path")
     known = [f"--{name.replace('_', '-')}" for name in vars(options)]
     for text in rest[1 : len(rest) - (len(argv) - end)]:

@@ -16,7 +16,7 @@ from timm.utils.distributed import is_distributed_env
 from timm_rdp.training.checks import flag
 from timm_rdp.training.config import nearest
 from timm_rdp.training.errors import TrainingError, UsageError
-from timm_rdp.training.outputs import write_atomically
+from timm_rdp.training.outputs import check_output, write_atomically
 
 from .compare_cost import total_epochs
 from .compare_grid import (
@@ -47,7 +47,6 @@ from .compare_runs import (
     variant_flags,
 )
 from .figures import check_matplotlib
-from .outputs import check_output
 
 
 def build_parser() -> argparse.ArgumentParser:

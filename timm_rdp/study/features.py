@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_rdp.training.errors import UsageError
+from timm_rdp.training.outputs import check_output
 
 from .figures import check_matplotlib, lines_per_layer, path_importance, save, similarity_grid
 from .images import Images
@@ -27,7 +28,7 @@ from .models import (
     read_source,
     trace,
 )
-from .outputs import check_output, write_csv
+from .outputs import write_csv
 from .similarity import cka_matrix, cosine_matrix, effective_rank, rebounds, revisit_score
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}

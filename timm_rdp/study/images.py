@@ -1,5 +1,6 @@
 """A bounded sample of validation images."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Images:
                 f"--num-images {count}: too few to compare layers (CKA); give {MIN_IMAGES} or more"
             )
         self.folder = Path(folder) if folder else prepare_demo()
-        if not self.folder.exists():
+        if not os.path.exists(self.folder):
             raise UsageError(f"--data-dir {folder} does not exist; check the path")
         try:
             reader = create_dataset("", root=str(self.folder), split="validation").reader

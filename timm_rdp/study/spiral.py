@@ -12,10 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from timm_rdp.training.errors import UsageError
+from timm_rdp.training.outputs import check_output
 
 from . import algorithm, toy, toy_figures
 from .figures import check_matplotlib, pixels, save, similarity_grid
-from .outputs import check_output, write_csv
+from .outputs import write_csv
 from .similarity import cka_matrix, cosine_matrix, effective_rank, revisit_score
 
 MEASURES = {

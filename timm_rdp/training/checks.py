@@ -19,6 +19,7 @@ from timm.optim import list_optimizers
 
 from timm_rdp.training.config import nearest
 from timm_rdp.training.errors import UsageError
+from timm_rdp.training.outputs import check_output
 
 # Flags without effect unless another one is given: rather refused than ignored.
 NEEDS = {
@@ -228,7 +229,7 @@ def check_options(args: argparse.Namespace, explicit: set[str], defaults: dict[s
     _check_lists(args)
     _check_policy(args.aa)
     _check_combinations(args)
-    _check_output(Path(args.output or "output/train") / args.experiment)
+    check_output(Path(args.output or "output/train") / args.experiment)
 
 
 def flag(name: str) -> str:
@@ -269,7 +270,7 @@ def _check_model_name(name: str) -> None:
         source, rest = parse_model_name(name)
     except ValueError as error:
         raise UsageError(f"--model {name}: {str(error).splitlines()[0]}") from None
-    if source == "local-dir" and not (Path(rest) / "config.json").is_file():
+    if source == "local-dir" and not os.path.isfile(os.path.join(rest, "config.json")):
         raise UsageError(f"--model {name}: {rest} is not a folder with a config.json")
     if source:
         return
@@ -404,15 +405,6 @@ def _check_combinations(args):
     for message, holds in wrong.items():
         if holds:
             raise UsageError(message)
-
-
-def _check_output(folder: Path) -> None:
-    """Find out whether the folder can be written, without making it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UsageError(f"--output {folder} cannot be written: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {folder} cannot be written: no permission in {existing}")
 
 
 def _joined(values) -> str:

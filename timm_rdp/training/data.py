@@ -5,7 +5,6 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def check_data(args: argparse.Namespace) -> int | None:
     root = args.data_dir
     if not root:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir FOLDER")
-    if not Path(root).exists():
+    if not os.path.exists(root):
         raise UsageError(f"--data-dir {root} does not exist")
     train_root = _split_root(root, args.train_split)
     train = _reader(train_root, args.class_map, args.input_key)

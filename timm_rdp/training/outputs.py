@@ -34,6 +34,41 @@ def experiment_name(args: argparse.Namespace, data_config: Mapping) -> str:
     return "-".join([f"{datetime.now():%Y%m%d-%H%M%S}", safe_model_name(args.model), size])
 
 
+def check_output(folder: str | Path) -> Path:
+    """The output folder, which exists or can be made; nothing is made yet.
+
+    Raises:
+        UsageError: it has no name or none that can be, is a file, lies below one, or cannot be
+            written.
+    """
+    if not str(folder):
+        raise UsageError("--output '': name a folder")
+    folder = Path(folder)
+    path = folder.absolute()
+    try:
+        there = next(p for p in (path, *path.parents) if _is_there(p))
+        for name in path.relative_to(there).parts:
+            _is_there(there / name)
+    except (OSError, ValueError) as error:  # too long, no permission, a loop of links, a NUL
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--output {folder}: cannot be written ({why}); name another folder"
+        ) from error
+    if not there.is_dir():
+        raise UsageError(f"--output {folder}: {there} is a file, not a folder; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder}: {there} cannot be written; name another folder")
+    return folder
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def create_output(args: argparse.Namespace, experiment: str, args_text: str) -> str:
     """Make the run's folder, write args.yaml into it, and return it.
 
