@@ -267,9 +267,12 @@ def compare_folders(timm_folder: Path, our_folder: Path) -> tuple[str, str]:
     return "same" if summaries[0] == summaries[1] else "differs", checkpoint
 
 
+# For good: as a context, one thread's end of it would take it from the others.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
 def load(path: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
+    return torch.load(path, weights_only=True)
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
