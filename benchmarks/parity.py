@@ -267,11 +267,9 @@ def compare_folders(timm_folder: Path, our_folder: Path) -> tuple[str, str]:
     return "same" if summaries[0] == summaries[1] else "differs", checkpoint
 
 
-# For good: as a context, one thread's end of it would take it from the others.
-torch.serialization.add_safe_globals([argparse.Namespace])
-
-
 def load(path: Path) -> Any:
+    # Not the context of that name: where one thread leaves it, it is gone for the others too.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     return torch.load(path, weights_only=True)
 
 
