@@ -6,9 +6,11 @@ import signal
 import pytest
 from core_helpers import same_bits
 from runs import RESNET, VIT, checkpoint, flags, rows, run
+from torch.utils.data import DataLoader
 
 from timm_rdp.training import loop, train
 from timm_rdp.training.data import _StrictImageDataset
+from timm_rdp.training.position import make_resumable
 
 EVERYTHING = (
     *("--mixup", 0.4, "--cutmix", 0.5, "--reprob", 0.4, "--drop", 0.1, "--drop-path", 0.5),
@@ -146,3 +148,11 @@ def test_a_resumed_epoch_loads_no_image_twice(digits_folder, tmp_path, monkeypat
     assert train.main(argv) == 0
     training = [index for owner, index in loaded if owner == loaded[0][0]]
     assert len(training) == len(set(training)) == 16  # the fifth of five batches
+
+
+@pytest.mark.parametrize(("is_continued", "noted"), [(True, 4), (False, 0)])
+def test_only_a_pass_that_may_be_continued_notes_random_states(is_continued, noted):
+    loader = DataLoader(range(8), batch_size=2)
+    sampler = make_resumable(loader, is_continued)
+    assert len(list(loader)) == 4
+    assert len(sampler.current.states) == noted
