@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath, skip_dropped
-from timm_rdp.study.flops import FlopCounter
+from timm_rdp.study.compare.flops import FlopCounter
 
 ROWS = (
     ("vit_small_patch16_224", 0.1),

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from timm_rdp.rdp import ResidualDropPath
-from timm_rdp.skip_dropped import skip_dropped
+from timm_rdp.core.rdp import ResidualDropPath
+from timm_rdp.core.skip_dropped import skip_dropped
 
 _logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 
 COMMANDS = {
     "train": ("timm_rdp.training.train", "train a model, with or without ResidualDroppath"),
-    "launch": ("timm_rdp.launch", "run your own training script with ResidualDroppath"),
-    "paths": ("timm_rdp.path_table", "list a model's residual paths"),
-    "spiral": ("timm_rdp.study.spiral", "the paper's toy study"),
-    "features": ("timm_rdp.study.features", "feature similarity of models and checkpoints"),
-    "compare": ("timm_rdp.study.compare", "compare variants over seeds"),
+    "launch": ("timm_rdp.launch.main", "run your own training script with ResidualDroppath"),
+    "paths": ("timm_rdp.study.paths", "list a model's residual paths"),
+    "spiral": ("timm_rdp.study.spiral.main", "the paper's toy study"),
+    "features": ("timm_rdp.study.features.main", "feature similarity of models and checkpoints"),
+    "compare": ("timm_rdp.study.compare.main", "compare variants over seeds"),
 }
 
 

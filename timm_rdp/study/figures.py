@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

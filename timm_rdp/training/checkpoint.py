@@ -22,7 +22,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.training.errors import TrainingError, UsageError
+from timm_rdp.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from timm.data.auto_augment import (
 from timm.models import get_pretrained_cfg, parse_model_name
 from timm.optim import list_optimizers
 
-from timm_rdp.training.config import nearest
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError, nearest
 from timm_rdp.training.outputs import check_output
 
 # Flags without effect unless another one is given: rather refused than ignored.

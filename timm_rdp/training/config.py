@@ -2,13 +2,12 @@
 
 import argparse
 from collections.abc import Hashable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError, nearest
 
 # timm passes a null on, and in these flags it has a meaning: no colour jitter.
 _NULL_HAS_MEANING = {"color_jitter"}
@@ -68,12 +67,6 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
         except ValueError as error:
             raise UsageError(f"--config {path}: {key}: {error}, got {value!r}") from None
     return config
-
-
-def nearest(name: str, known: Any) -> str:
-    """Say which of the known names are nearest to one that is not among them."""
-    close = get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _convert(value: Any, action: argparse.Action) -> Any:

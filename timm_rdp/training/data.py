@@ -25,7 +25,7 @@ from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import is_primary
 from torch import nn
 
-from timm_rdp.training.errors import DataError, UsageError
+from timm_rdp.errors import DataError, UsageError
 from timm_rdp.training.img_size import check_model_takes
 
 _logger = logging.getLogger(__name__)

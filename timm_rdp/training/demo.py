@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError
 
 CACHE_VARIABLE = "TIMM_RDP_CACHE"
 VALIDATION_SHARE = 5  # every fifth image of a class

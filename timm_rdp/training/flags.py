@@ -5,8 +5,7 @@ import argparse
 from timm.utils import ParseKwargs
 
 from timm_rdp import add_rdp_args
-from timm_rdp.training.config import nearest
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError, nearest
 
 
 class _Parser(argparse.ArgumentParser):

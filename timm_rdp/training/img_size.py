@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.models import get_model_input_config
 
-from timm_rdp.training.errors import UsageError
+from timm_rdp.errors import UsageError
 from timm_rdp.training.example import example_input
 
 

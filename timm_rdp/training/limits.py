@@ -7,8 +7,8 @@ import difflib
 
 import torch
 
+from timm_rdp.errors import UsageError
 from timm_rdp.training.data import Data
-from timm_rdp.training.errors import UsageError
 
 
 def check_limits(args: argparse.Namespace) -> None:

@@ -19,9 +19,9 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.rdp import COMPLEMENT
+from timm_rdp.core.rdp import COMPLEMENT
+from timm_rdp.errors import TrainingError
 from timm_rdp.training.checkpoint import Saver, all_finite
-from timm_rdp.training.errors import TrainingError
 from timm_rdp.training.interrupt import Interruption, Stopped
 from timm_rdp.training.losses import Losses
 from timm_rdp.training.position import ResumableSampler, state_of_rank, state_of_run

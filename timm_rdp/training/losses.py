@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from timm import utils
 
-from timm_rdp.rdp import COMPLEMENT, DROPPATH, Iteration
-from timm_rdp.training.errors import TrainingError
+from timm_rdp.core.rdp import COMPLEMENT, DROPPATH, Iteration
+from timm_rdp.errors import TrainingError
 
 if TYPE_CHECKING:
     from timm_rdp.training.loop import Run

@@ -29,8 +29,8 @@ from timm.task import (
 )
 from torch import nn
 
+from timm_rdp.errors import UsageError
 from timm_rdp.training.checkpoint import check_pretrained, load_initial_weights
-from timm_rdp.training.errors import UsageError
 from timm_rdp.training.img_size import img_size_kwargs
 
 _logger = logging.getLogger(__name__)

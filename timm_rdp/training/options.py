@@ -10,10 +10,10 @@ import torch
 import yaml
 
 import timm_rdp
+from timm_rdp.errors import UsageError
 from timm_rdp.training.checks import check_options
 from timm_rdp.training.config import read_config
 from timm_rdp.training.demo import prepare_demo
-from timm_rdp.training.errors import UsageError
 from timm_rdp.training.flags import build_parser
 from timm_rdp.training.img_size import img_size_kwargs
 

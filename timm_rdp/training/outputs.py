@@ -18,7 +18,7 @@ from pathlib import Path
 from timm import utils
 from timm.models import safe_model_name
 
-from timm_rdp.training.errors import TrainingError, UsageError
+from timm_rdp.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)
 

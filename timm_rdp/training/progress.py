@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from timm import utils
 from tqdm import tqdm
 
-from timm_rdp.rdp import COMPLEMENT, DROPPATH
+from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.training.losses import Losses
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import timm_rdp
+from timm_rdp.errors import TrainingError, UsageError
 from timm_rdp.training.checkpoint import (
     Saver,
     check_checkpoints,
@@ -32,7 +33,6 @@ from timm_rdp.training.checkpoint import (
     resume,
 )
 from timm_rdp.training.data import check_data, close_data, create_data
-from timm_rdp.training.errors import TrainingError, UsageError
 from timm_rdp.training.evaluate import evaluate
 from timm_rdp.training.example import example_input
 from timm_rdp.training.interrupt import Interruption, Stopped

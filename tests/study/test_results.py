@@ -1,0 +1,51 @@
+"""The results that the repository publishes: documents say what the committed tables say."""
+
+import csv
+import importlib.util
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    path = ROOT / "benchmarks" / "results_table.py"
+    spec = importlib.util.spec_from_file_location("results_table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_document_are_those_of_the_runs(tables):
+    document = (ROOT / "docs" / "results.md").read_text()
+    for folder, title in tables.GRIDS.items():
+        assert tables.table_of_grid(folder, title) in document
+    assert tables.table_of_search() in document
+
+
+def test_every_grid_of_the_commands_is_published(tables):
+    commands = (ROOT / "benchmarks" / "compare_digits.sh").read_text()
+    assert set(re.findall(r"--output output/compare/(\w+)", commands)) == set(tables.GRIDS)
+    settings = re.findall(
+        r"^explore (\w+)", (ROOT / "benchmarks/explore_digits.sh").read_text(), re.M
+    )
+    assert {p.name for p in (tables.RESULTS / "explore").iterdir()} == set(settings)
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "benchmarks/results/compare").rglob("table.csv")))
+def test_published_means_are_those_of_the_published_runs(tables, table):
+    with open(table.parent / "runs.csv", newline="") as file:
+        runs = list(csv.DictReader(file))
+    for row in tables.read(table.parent):
+        scores = [
+            float(r["top1"])
+            for r in runs
+            if r["variant"] == row["variant"] and r["drop_path"] in (row["drop_path"], "0.0")
+        ]
+        assert len(scores) == int(row["seeds"])
+        assert float(row["mean"]) == pytest.approx(statistics.mean(scores))
+        assert float(row["sd"]) == pytest.approx(statistics.stdev(scores))

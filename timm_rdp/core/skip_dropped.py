@@ -1,0 +1,90 @@
+"""timm's own per-sample stochastic depth, without computing what it drops."""
+
+import logging
+import weakref
+from typing import Any
+
+from torch import nn
+
+from timm_rdp.core.drop_path import find_drop_paths, patch, unpatch, why_none_is_called
+from timm_rdp.core.paths import PathGraph, trace_paths
+from timm_rdp.core.skip import KeptSamples
+
+_logger = logging.getLogger(__name__)
+
+
+class SkipDropped:
+    """What `skip_dropped` did to a model, and how to take it back.
+
+    Attributes:
+        skipped: names of the paths that are computed for the kept samples only.
+        computed: for every other path, by name, why it is computed for the whole batch.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any = None):
+        drop_paths = find_drop_paths(model)
+        graph = trace_paths(model, example_input)
+        if not graph.paths:
+            raise ValueError(
+                f"{type(model).__name__} has no path to skip: {why_none_is_called(model)}"
+            )
+        self.model = model
+        self.computed: dict[str, str] = {}
+        self._drop_paths = drop_paths
+        self._hooks: list[Any] = []
+        for name, module in drop_paths.items():
+            patch(module, graph.calls_per_forward.get(name, 1), weakref.ref(self))
+        modules = dict(model.named_modules())
+        for path in graph.paths:
+            if reason := _why_not(graph, path.name, path.entrances, modules):
+                self.computed[path.name] = reason
+                continue
+            hook = KeptSamples(path.module, path.call)
+            self._hooks += [modules[n].register_forward_pre_hook(hook) for n in path.entrances]
+        self.skipped = tuple(p.name for p in graph.paths if p.name not in self.computed)
+
+    def detach(self) -> nn.Module:
+        """Give the model its original classes back, remove every hook, and return it."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._drop_paths.values():
+            unpatch(module)
+        self._hooks, self._drop_paths = [], {}
+        return self.model
+
+
+def skip_dropped(model: nn.Module, example_input: Any = None) -> SkipDropped:
+    """Make timm's per-sample DropPath compute, on each path, only the samples that it keeps.
+
+    The masks have the same distribution and use the same random numbers as timm's. Outputs are
+    equal to timm's up to floating-point tolerance; with dropout on the path they are so in
+    distribution, since what is not computed draws no dropout. A path with batch statistics is left
+    to timm, because they would be taken over other samples. Compiled models compute everything, and
+    so does a deepcopy.
+
+    Args:
+        model: any module with timm DropPaths, not wrapped; patched in place until `detach()`.
+        example_input: see ResidualDropPath.
+
+    Raises:
+        ValueError: the model has no DropPath, cannot be traced or is already patched.
+    """
+    handle = SkipDropped(model, example_input)
+    if handle.computed:
+        first, reason = next(iter(handle.computed.items()))
+        _logger.warning(
+            f"{len(handle.computed)} of {len(handle.computed) + len(handle.skipped)} paths are "
+            f"computed for the whole batch, as timm does: {first} because {reason}"
+        )
+    return handle
+
+
+def _why_not(
+    graph: PathGraph, name: str, entrances: tuple[str, ...], modules: dict[str, nn.Module]
+) -> str | None:
+    for buffered in graph.dropped_buffers([name]):
+        if any(b.startswith("running_") for b, _ in modules[buffered].named_buffers(recurse=False)):
+            return f"{buffered} takes statistics over the batch"
+    if not entrances:
+        return "the model does not take a smaller batch there"
+    return None

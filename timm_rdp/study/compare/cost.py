@@ -1,0 +1,203 @@
+"""What the variants of a comparison cost: counted, before anything is trained."""
+
+import argparse
+import math
+import warnings
+from statistics import fmean
+from typing import Any
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from timm_rdp import ResidualDropPath
+from timm_rdp.core.masks import sample_masks
+from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
+from timm_rdp.errors import UsageError
+from timm_rdp.study.compare.flops import FlopCounter
+from timm_rdp.training.data import close_data, create_data
+from timm_rdp.training.example import example_input
+from timm_rdp.training.model import build_model, setup_precision
+
+# What `count_costs` counts of a model that has paths beside "update".
+COSTS_OF_PATHS = ("droppath", "complement", "complements")
+FLOP_CYCLES = 50
+UPDATE_CYCLES = 200
+
+
+def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
+    """The model of a run without its weights, on torch's meta device.
+
+    NaFlex models stay on the CPU, because they read sizes off the values of their input.
+
+    Args:
+        args: the run's options.
+
+    Returns:
+        the model in train mode, timm's data config, the images of an epoch / --batch-size
+
+    Raises:
+        UsageError: model or data do not fit the options.
+    """
+    args = argparse.Namespace(**vars(args))
+    vars(args).update(
+        pretrained=False,
+        pretrained_path=None,
+        initial_checkpoint="",
+        torchscript=False,
+        distributed=False,
+        rank=0,
+        local_rank=0,
+        world_size=1,
+        prefetcher=not args.no_prefetcher,
+    )
+    cpu = torch.device("cpu")
+    model_dtype = setup_precision(args, cpu)[0]
+    with torch.random.fork_rng(devices=[]):
+        model, data_config = build_model(args, cpu, model_dtype)
+        data = create_data(args, data_config, model, cpu, model_dtype)
+    batches = len(data.train) * data.batch_size_reference / args.batch_size
+    close_data(data)
+    if not args.naflex_loader:
+        model.to("meta")
+    return model.train(), data_config, batches
+
+
+def count_costs(
+    args: argparse.Namespace, model: nn.Module, data_config: dict, with_paths: bool
+) -> dict[str, Any]:
+    """What the kinds of update of a model cost.
+
+    Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
+    of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
+
+    Args:
+        args: the options of its run.
+        model: from `build_on_meta`; it is patched for good.
+        data_config: timm's.
+        with_paths: whether it has any that can be dropped.
+
+    Returns:
+        "update": FLOPs per image, forward and backward, of timm's own update; None, as those that
+            follow, where they cannot be counted without data
+        "droppath": the same for the mean droppath iteration
+        "complement": the same for the mean complement iteration
+        "complements": complement iterations per cycle
+
+    Raises:
+        UsageError: no path can be dropped.
+    """
+    costs: dict[str, Any] = {"update": None}
+    rdp = None
+    if with_paths:
+        try:
+            rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
+        except ValueError as error:
+            raise UsageError(f"--model {args.model}: {error}") from error
+        dropped = (_dropped(rdp, cycle) for cycle in range(UPDATE_CYCLES))
+        trained = sum(bool(rdp.dropped_part(names)) for names in dropped)
+        costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
+    if args.naflex_loader:
+        return costs
+    images = torch.empty(
+        (args.batch_size * max(1, args.aug_splits), *data_config["input_size"]),
+        device="meta",
+        dtype=next(model.parameters()).dtype,
+    )
+    try:
+        update = _flops(model, images)
+        phases = () if rdp is None else _phases(rdp, images)
+    except Exception:  # whatever a model raises that asks for the values of its input
+        return costs
+    if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
+        phases = [update for _ in phases]
+    names = ("update", "droppath", "complement")
+    counted = zip(names, (update, *phases), strict=False)
+    return costs | {name: flops / args.batch_size for name, flops in counted}
+
+
+def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
+    kept = sample_masks(0, cycle, [path.drop_prob for path in rdp.paths])
+    return [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
+
+
+def _flops(model: nn.Module, images: torch.Tensor) -> int:
+    with FlopCounter() as counter:
+        outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
+        sum(output.sum() for output in outputs).backward()
+    model.zero_grad()
+    return counter.flops
+
+
+def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
+    """FLOPs of the mean droppath iteration and of the mean complement iteration."""
+    known: dict[tuple, int] = {}
+    counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
+    cycles = tqdm(range(FLOP_CYCLES), "counting what an update costs", leave=False, disable=None)
+    for _ in cycles:
+        for it in rdp.cycle():
+            key = (it.phase, it.dropped)
+            with it:
+                if key not in known:
+                    known[key] = _flops(rdp.model, images)
+            counts[it.phase].append(known[key])
+    return fmean(counts[DROPPATH]), fmean(counts[COMPLEMENT] or [0.0])
+
+
+def updates_per_batch(variant: str, costs: dict, every: int) -> float:
+    """Optimizer steps that a batch gets."""
+    return 1 + costs["complements"] / every if variant == "rdp" else 1.0
+
+
+def flops_per_image(variant: str, costs: dict, every: int) -> float | None:
+    """FLOPs that an image of an epoch costs on average; None where they were not counted.
+
+    Args:
+        variant: one of VARIANTS.
+        costs: from `count_costs`.
+        every: a complement iteration follows every so many droppath iterations.
+    """
+    if costs["update"] is None:
+        return None
+    if variant in ("plain", "droppath", "droppath-matched"):
+        return costs["update"]
+    if variant == "droppath-batch":
+        return costs["droppath"]
+    complements = costs["complements"] / every
+    cycle = costs["droppath"] + complements * costs["complement"]
+    return cycle / (1 + complements) if variant == "rdp-next" else cycle
+
+
+def over_run(own: float, usual: float, epochs: int, start: int) -> float:
+    """What `epochs` epochs cost of which those from `start` on cost `own`, the others `usual`."""
+    early = min(start, epochs)
+    return early * usual + (epochs - early) * own
+
+
+def total_epochs(args: argparse.Namespace, epochs: int) -> int:
+    """How many epochs a run with --epochs `epochs` takes, warmup and cooldown included."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=args.lr or 0.1)
+    options = argparse.Namespace(**{**vars(args), "epochs": epochs, "lr": args.lr or 0.1})
+    kwargs = scheduler_kwargs(options)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself says them once
+            _, total = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"--sched {args.sched} with --epochs {epochs}: {error}") from None
+    return total
+
+
+def matched_epochs(args: argparse.Namespace, ratio: float) -> int:
+    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if ratio < 1.
+
+    Args:
+        args: the recipe's options.
+        ratio: cost of an rdp run over that of a droppath run.
+    """
+    wanted = ratio * total_epochs(args, args.epochs)
+    candidates = range(args.epochs, max(args.epochs, math.ceil(wanted)) + 1)
+    return min(candidates, key=lambda epochs: abs(total_epochs(args, epochs) - wanted))

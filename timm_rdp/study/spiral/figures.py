@@ -1,0 +1,356 @@
+"""The figures of `timm-rdp spiral`, each after a caption of the paper (arXiv 2411.09475)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timm_rdp.study.features.similarity import revisit_score
+from timm_rdp.study.figures import (
+    BLUE,
+    GREY,
+    RED,
+    colour_range,
+    heatmap,
+    integer_ticks,
+    integer_x,
+    new_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLASSES = ((0, RED, "o"), (1, BLUE, "x"))
+FIRST = {"paths": 1, "blocks": 0}  # number of the first layer: 0 is the embedding
+LAYERS = {"paths": "path outputs", "blocks": "after each residual sum"}
+
+
+def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
+    for value, colour, marker in CLASSES:
+        own = xy[label == value].numpy()
+        axes.scatter(
+            own[:, 0],
+            own[:, 1],
+            s=size,
+            c=colour,
+            marker=marker,
+            linewidths=size**0.5 / 5,
+            label=f"class {value}",
+        )
+
+
+def _class_legend(figure: "Figure", axes: "Axes") -> None:
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        markerscale=max(1, (14 / handles[0].get_sizes()[0]) ** 0.5),
+    )
+
+
+def spirals(xy: Tensor, label: Tensor) -> "Figure":
+    """Fig. 2: the points. xy is (points, 2), label (points,)."""
+    figure = new_figure(height=5.2, width=4.8)
+    axes = figure.subplots()
+    _scatter(axes, xy, label, 14)
+    axes.set_aspect("equal")
+    axes.set_xlabel("first coordinate (spiral radius = 1)")
+    axes.set_ylabel("second coordinate")
+    _class_legend(figure, axes)
+    axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
+    return figure
+
+
+def aligned_planes(layers: list[Tensor], reference: int) -> list[Tensor]:
+    """Every layer seen from the side that looks most like the reference layer's widest plane.
+
+    Args:
+        layers: (samples, dim) each.
+        reference: the layer whose first two principal components are the plane to look like.
+
+    Returns:
+        (samples, 2) a layer, centred, of unit root mean square radius: projected on the orthonormal
+        pair of directions that an orthogonal Procrustes fit finds. Turning, mirroring and scaling
+        is what CKA does not see either.
+    """
+    centred = [layer.double() - layer.double().mean(0) for layer in layers]
+    u, s, _ = torch.linalg.svd(centred[reference], full_matrices=False)
+    target = u[:, :2] * s[:2]
+    planes = []
+    for layer in centred:
+        u, _, v = torch.linalg.svd(layer.T @ target, full_matrices=False)
+        plane = layer @ (u @ v)
+        planes.append(plane / plane.square().sum(1).mean().sqrt().clamp(min=1e-12))
+    return planes
+
+
+def strongest_return(similarity: Tensor, apart: int = 2) -> tuple[int, int, int]:
+    """The layer that is lost and found most clearly: (it, where it is lost, where it is back).
+
+    Args:
+        similarity: (layers, layers).
+        apart: how many layers there must be at least from the first to the last of the three.
+    """
+    best, found = -1.0, (0, 0, 0)
+    for i in range(len(similarity) - apart):
+        s = similarity[i, i:]
+        climb = s - s.cummin(0).values
+        k = apart + int(climb[apart:].argmax())
+        if climb[k] > best:
+            best, found = climb[k].item(), (i, i + int(s[: k + 1].argmin()), i + k)
+    return found
+
+
+def several(layers: int) -> int:
+    """How many layers apart a return must be to be shown: "several transformations"."""
+    return max(2, layers // 8)
+
+
+def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str) -> "Figure":
+    """Fig. 1: the points as every layer sees them; the strongest return is framed.
+
+    Args:
+        layers: (samples, dim) each.
+        similarity: their CKA, (layers, layers).
+        label: classes, (samples,).
+        kind: "paths" or "blocks".
+    """
+    start, lost, back = strongest_return(similarity, several(len(layers)))
+    planes = aligned_planes(layers, start)
+    columns = 8
+    rows = -(-len(layers) // columns)
+    figure = new_figure(height=1.13 * rows + 0.9)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    frames = {start: "starts", lost: "lost", back: "back"}
+    first = FIRST[kind]
+    for axes in grid:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_visible(False)
+    for i, (plane, axes) in enumerate(zip(planes, grid, strict=False)):
+        axes.set_visible(True)
+        _scatter(axes, plane, label, 2)
+        reach = plane.abs().quantile(0.99).item() * 1.25
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(-reach, reach)
+        axes.set_aspect("equal")
+        framed = i in frames
+        axes.set_title(
+            f"layer {i + first}" + (f": {frames[i]}" if framed else ""),
+            fontsize=8,
+            fontweight="bold" if framed else "normal",
+            pad=3,
+        )
+        for spine in axes.spines.values():
+            spine.set_linewidth(2.2 if framed else 0.5)
+            spine.set_color("black" if framed else GREY)
+    figure.suptitle(
+        f"Features that come back: layer {start + first}'s are lost by layer {lost + first} "
+        f"(CKA {similarity[start, lost]:.2f}) and return in layer {back + first} "
+        f"({similarity[start, back]:.2f})",
+        fontsize=10,
+    )
+    figure.supxlabel(
+        f"{LAYERS[kind]} in the plane most like layer {start + first}'s: first axis "
+        "(red ●: class 0, blue ×: class 1)",
+        fontsize=9,
+    )
+    figure.supylabel("second axis (no unit)", fontsize=9)
+    return figure
+
+
+def similarities(similarity: dict[str, Tensor]) -> "Figure":
+    """Fig. 3: heatmaps of CKA between all pairs of layers, and one row of each as a curve.
+
+    Args:
+        similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
+    """
+    figure = new_figure(height=6.1)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    maps = top.subplots(1, 2)
+    curves = bottom.subplots(1, 2, sharey=True)
+    low, high = colour_range(list(similarity.values()))
+    for kind, upper, lower in zip(similarity, maps, curves, strict=True):
+        matrix = similarity[kind]
+        first = FIRST[kind]
+        image = heatmap(upper, matrix, low, high, first)
+        integer_ticks(upper)
+        upper.set_xlabel("layer number")
+        upper.set_ylabel("layer number")
+        score = revisit_score(matrix)
+        upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
+        start, lost, back = strongest_return(matrix, several(len(matrix)))
+        numbers = np.arange(len(matrix)) + first
+        lower.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
+        lower.axvline(start + first, color=GREY, linestyle=":")
+        if matrix[start, back] - matrix[start, lost] >= 0.05:
+            for at, text, offset in ((lost, "lost", -17), (back, "back", 9)):
+                value = matrix[start, at].item()
+                lower.plot(at + first, value, "s", color=RED, markeredgecolor="black", markersize=8)
+                lower.annotate(
+                    text,
+                    (at + first, value),
+                    textcoords="offset points",
+                    xytext=(0, offset),
+                    ha="center",
+                    fontsize=8,
+                )
+        lower.set_xlabel("layer number")
+        lower.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
+        lower.set_ylim(-0.2, 1.25)
+        lower.set_yticks((0, 0.5, 1))
+        lower.grid(alpha=0.3)
+        integer_x(lower)
+    curves[1].set_ylabel(f"CKA with layer {start + first}", fontsize=9)
+    top.colorbar(image, ax=maps, label="similarity (linear CKA)", shrink=0.85)
+    top.suptitle(
+        "Similarity between the layers of the plain network, and where it returns after a fall",
+        fontsize=11,
+    )
+    return figure
+
+
+def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
+    """Distribution of every node in every layer, by class.
+
+    Args:
+        layers: (samples, dim) each.
+        label: classes, (samples,).
+
+    Returns:
+        (layers, dim, 2 classes, bins): counts; the bins span 2.5 standard deviations to both sides
+        of the node's mean in that layer (the outermost take what lies beyond), so that shapes are
+        compared and scale is not, as in CKA. A node that is constant has empty bins.
+    """
+    out = torch.zeros(len(layers), layers[0].shape[1], 2, bins)
+    for i, layer in enumerate(layers):
+        scaled = layer.double() - layer.double().mean(0)
+        deviation = scaled.std(0)
+        for node in range(layer.shape[1]):
+            if deviation[node] > 1e-6:
+                values = (scaled[:, node] / deviation[node]).clamp(-2.499, 2.499)
+                for value in (0, 1):
+                    out[i, node, value] = torch.histc(values[label == value], bins, -2.5, 2.5)
+    return out
+
+
+def overlap(histograms: Tensor) -> Tensor:
+    """Shared share of two layers' distributions of each node: (dim, layers, layers), in [0, 1].
+
+    Args:
+        histograms: what `node_histograms` returns; classes count apart.
+    """
+    p = histograms.flatten(2).transpose(0, 1)
+    p = p / p.sum(-1, keepdim=True).clamp(min=1)
+    return torch.minimum(p[:, :, None], p[:, None]).sum(-1)
+
+
+def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: float) -> None:
+    """A grid of small histograms: a row a node, a column a layer; clear returns are framed.
+
+    All in one axes, a cell a unit square: an axes a cell takes a minute to lay out.
+    """
+    from matplotlib.collections import PolyCollection
+
+    layers, dim, _, bins = histograms.shape
+    peak = histograms.amax((2, 3), keepdim=True).clamp(min=1)
+    heights = (histograms / peak * 0.4).numpy()
+    layer, node, bin_ = (v.ravel() for v in np.indices((layers, dim, bins)))
+    left, middle = layer + 0.08 + 0.84 * bin_ / bins, node + 0.5
+    right = left + 0.84 / bins
+    for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
+        top = middle + sign * heights[layer, node, value, bin_]
+        corners = [(left, middle), (left, top), (right, top), (right, middle)]
+        bars = np.stack([np.stack(c, -1) for c in corners], 1)
+        axes.add_collection(PolyCollection(bars, facecolors=colour, linewidths=0))
+    framed = set()
+    for n, matrix in enumerate(overlap(histograms)):
+        start, lost, back = strongest_return(matrix)
+        if matrix[start, back] - matrix[start, lost] >= 0.2:
+            framed |= {(start, n), (back, n)}
+    square = np.array([(0.04, 0.04), (0.04, 0.96), (0.96, 0.96), (0.96, 0.04)])
+    cells = [(i, n) for i in range(layers) for n in range(dim)]
+    for chosen, colour, width in ((False, GREY, 0.4), (True, "black", 1.8)):
+        boxes = [square + cell for cell in cells if (cell in framed) == chosen]
+        axes.add_collection(
+            PolyCollection(boxes, facecolors="none", edgecolors=colour, linewidths=width)
+        )
+    axes.set_xlim(0, layers)
+    axes.set_ylim(dim, 0)
+    axes.set_xticks(np.arange(layers) + 0.5, [str(i + first) for i in range(layers)])
+    axes.set_yticks(np.arange(dim) + 0.5, [str(n + 1) for n in range(dim)])
+    axes.tick_params(length=0, labelsize=fontsize)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(title, fontsize=fontsize + 1)
+
+
+def training_strip(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
+    """Fig. 4: the distributions of every node in every layer, at some steps of the training.
+
+    Args:
+        snapshots: (step, accuracy, what `node_histograms` returns).
+        kind: "paths" or "blocks".
+    """
+    columns = 3
+    rows = -(-len(snapshots) // columns)
+    figure = new_figure(height=2.75 * rows + 0.8)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, (step, accuracy, histograms) in zip(panels, snapshots, strict=False):
+        _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}", 8)
+    figure.suptitle(
+        f"Distribution of every node's value in every layer during training ({LAYERS[kind]});\n"
+        "framed: a distribution that a node leaves and comes back to in a later layer",
+        fontsize=10,
+    )
+    figure.supxlabel(
+        "layer number; in each box: value of the node, -2.5 to 2.5 standard deviations", fontsize=9
+    )
+    figure.supylabel("node; in each box: points (red, up: class 0; blue, down: 1)", fontsize=9)
+    return figure
+
+
+def training_frame(step: int, accuracy: float, histograms: Tensor, kind: str) -> "Figure":
+    """One frame of Fig. 4's animation."""
+    figure = new_figure(height=4.2, width=4.8)
+    _nodes(
+        figure.subplots(), histograms, FIRST[kind], f"step {step:4d}, accuracy {accuracy:4.0%}", 9
+    )
+    figure.supxlabel("layer number; in each box: the node's value", fontsize=9)
+    figure.supylabel("node; in each box: points (red: class 0; blue: 1)", fontsize=9)
+    return figure
+
+
+def scores(values: dict[str, dict[str, list[float]]], labels: dict[str, str]) -> "Figure":
+    """The revisit scores of every seed: a panel a measure, a column a variant.
+
+    Args:
+        values: {measure: {variant: one score a seed}}.
+        labels: the measures' names in full.
+    """
+    figure = new_figure(height=2.3 * (-(-len(values) // 2)) + 0.9)
+    grid = figure.subplots(-(-len(values) // 2), 2, squeeze=False).ravel()
+    for axes, (measure, variants) in zip(grid, values.items(), strict=False):
+        for x, own in enumerate(variants.values()):
+            own = np.asarray(own)
+            spread = np.linspace(-0.15, 0.15, len(own)) if len(own) > 1 else np.zeros(1)
+            axes.plot(x + spread, own, "o", color=BLUE, markersize=4, alpha=0.75)
+            axes.hlines(own.mean(), x - 0.3, x + 0.3, color=RED, linewidth=2.5)
+        axes.set_xticks(range(len(variants)), variants)
+        axes.set_xlim(-0.5, len(variants) - 0.5)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("revisit score", fontsize=9)
+        axes.set_title(labels[measure], fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+    count = len(next(iter(next(iter(values.values())).values())))
+    figure.suptitle(
+        f"How much features come back: {count} seeds a variant (dots) and their mean (bars)",
+        fontsize=11,
+    )
+    return figure
