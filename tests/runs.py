@@ -3,6 +3,7 @@
 import argparse
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -44,19 +45,26 @@ def checkpoint(folder: Path, name: str = "last.pth.tar") -> dict:
 def watch_iterations(monkeypatch, before=None, after=None) -> list[tuple[str, bool]]:
     """Call before(run) and after(run) around every iteration; the list fills with (phase, first).
 
-    `run.rdp._active` is the iteration where there is one.
+    `run` has the run's `task` and its `rdp`, whose `_active` is the iteration.
     """
     seen = []
-    original = loop.run_iteration
+    run = SimpleNamespace()
+    original, epoch = loop.run_iteration, train.train_one_epoch
 
-    def watched(run, group, size, divisor, losses, phase, first):
+    def train_one_epoch(*args, task, rdp, **kwargs):
+        run.task, run.rdp = task, rdp
+        epoch(*args, task=task, rdp=rdp, **kwargs)
+
+    def watched(*args):
+        *_, phase, first = args
         if before:
             before(run)
-        result = original(run, group, size, divisor, losses, phase, first)
+        result = original(*args)
         seen.append((phase, first))
         if after:
             after(run)
         return result
 
+    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
     monkeypatch.setattr(loop, "run_iteration", watched)
     return seen

@@ -17,8 +17,10 @@ from PIL import Image
 from runs import VIT, flags, rows, run
 
 from timm_rdp.errors import TrainingError, UsageError
-from timm_rdp.training import outputs
-from timm_rdp.training.outputs import Summary, check_output, draw_curves
+from timm_rdp.training import curves
+from timm_rdp.training.curves import draw_curves
+from timm_rdp.training.files import check_output
+from timm_rdp.training.outputs import Summary
 
 TRAIN = OrderedDict(loss=2.302585092994046)
 EVAL = OrderedDict(loss=0.1, top1=100 / 3, top5=1e-17)
@@ -153,38 +155,35 @@ def test_without_matplotlib_a_run_says_so_once_and_goes_on(
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """How many rows each drawing of curves.png had."""
-    counts, original = [], outputs.draw_curves
-    monkeypatch.setattr(
-        outputs,
-        "draw_curves",
-        lambda folder, rows: counts.append(len(rows)) or original(folder, rows),
-    )
-    return counts
+    """How many rows each drawing of curves.png had, and a clock: [seconds, seconds a drawing]."""
+    counts, clock, original = [], [0.0, 0.0], curves.draw_curves
+
+    def draw(folder, rows):
+        counts.append(len(rows))
+        clock[0] += clock[1]
+        return original(folder, rows)
+
+    monkeypatch.setattr(curves, "draw_curves", draw)
+    monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])
+    return counts, clock
 
 
-def test_a_run_draws_its_curves_first_and_last(digits_folder, tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(outputs.Curves, "SHARE", 1e-9)
+def test_a_run_draws_its_curves_first_and_last(digits_folder, tmp_path, drawn):
+    counts, clock = drawn
+    clock[1] = 1.0  # of no other time
     folder = run(digits_folder, tmp_path, *VIT, "--rdp", "--drop-path", 0.5, "--epochs", 3)
-    assert drawn == [1, 3]
+    assert counts == [1, 3]
     assert (folder / "curves.png").stat().st_size > 5000
 
 
-def test_curves_cost_a_five_hundredth_of_the_time(tmp_path, drawn, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
-    drawing = outputs.draw_curves
-
-    def slowly(folder, rows):
-        now[0] += 0.2
-        return drawing(folder, rows)
-
-    monkeypatch.setattr(outputs, "draw_curves", slowly)
-    curves = outputs.Curves(str(tmp_path))
-    for epoch in range(1, 31):
-        now[0] += 11
-        assert curves.update(_rows(epoch, False), last=epoch == 30)
-    assert drawn == [1, 11, 21, 30]  # of 0.2 s each, 100 s apart, and the last epoch
+def test_curves_are_drawn_when_that_took_less_than_a_hundredth_of_the_time_since(tmp_path, drawn):
+    counts, clock = drawn
+    clock[1] = 0.2
+    file = curves.Curves(str(tmp_path))
+    for epoch in range(1, 12):
+        clock[0] += 11
+        file.update(_rows(epoch, False), last=epoch == 11)
+    assert counts == [1, 3, 5, 7, 9, 11]  # 0.2 s each, after 22 s rather than 11
 
 
 def test_wandb_gets_the_rows_of_the_summary(digits_folder, tmp_path, monkeypatch):

@@ -18,10 +18,11 @@ import timm
 import torch
 from core_helpers import same_bits
 from runs import RESNET, VIT, checkpoint, flags, run
+from timm.task import ClassificationEvaluator
 from timm.utils import AverageMeter
 
-from timm_rdp.training import train
 from timm_rdp.training.options import parse_args
+from timm_rdp.training.setup import set_up
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
@@ -41,7 +42,7 @@ def reference_run(argv, *, model, loss, optimizer, schedule, accumulate=1, clip=
 
     The loaders are ours (tests/test_data.py compares them with timm's); everything else is here.
     """
-    data = train.set_up(parse_args(argv)).data
+    data = set_up(parse_args(argv)).data
     torch.manual_seed(42), np.random.seed(42), random.seed(42)
     model = model()
     optimizer = optimizer(model)
@@ -91,15 +92,11 @@ def reference_run(argv, *, model, loss, optimizer, schedule, accumulate=1, clip=
 
 @torch.inference_mode()
 def evaluate(model, loader):
-    meters = {name: AverageMeter() for name in ("eval_loss", "eval_top1", "eval_top5")}
+    evaluator = ClassificationEvaluator()
     model.eval()
     for images, labels in loader:
-        output = model(images)
-        loss = torch.nn.functional.cross_entropy(output, labels)
-        values = (loss, *timm.utils.accuracy(output, labels, (1, 5)))
-        for meter, value in zip(meters.values(), values, strict=True):
-            meter.update(value.item(), len(output))
-    return {name: meter.avg for name, meter in meters.items()}
+        evaluator.update(model(images), labels)
+    return {f"eval_{name}": value for name, value in evaluator.compute().items()}
 
 
 CASES = {

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from timm_rdp.training import loop, train
 from timm_rdp.training.data import _StrictImageDataset
-from timm_rdp.training.position import make_resumable
+from timm_rdp.training.resume import make_resumable
 
 EVERYTHING = (
     *("--mixup", 0.4, "--cutmix", 0.5, "--reprob", 0.4, "--drop", 0.1, "--drop-path", 0.5),
@@ -41,11 +41,12 @@ def stop_at(monkeypatch, epoch: int, update: int, signum=signal.SIGTERM) -> None
     """Have this process get a signal in the middle of an update."""
     original = loop.run_iteration
 
-    def watched(run, *args, **kwargs):
-        if (run.epoch, run.update) == (epoch, update):
+    def watched(*args):
+        losses, current = args[4:6]
+        if (losses.epoch, current) == (epoch, update):
             monkeypatch.setattr(loop, "run_iteration", original)
             os.kill(os.getpid(), signum)
-        return original(run, *args, **kwargs)
+        return original(*args)
 
     monkeypatch.setattr(loop, "run_iteration", watched)
 

@@ -18,9 +18,11 @@ from runs import RESNET, VIT, checkpoint, flags, rows, run, watch_iterations
 
 import timm_rdp
 from timm_rdp.errors import TrainingError
-from timm_rdp.training import loop, train
-from timm_rdp.training.loop import update_sizes
-from timm_rdp.training.losses import Losses
+from timm_rdp.training import batches, loop, train
+from timm_rdp.training.batches import update_sizes
+from timm_rdp.training.log import Losses
+from timm_rdp.training.setup import set_up
+from timm_rdp.training.state import RunState
 
 RDP = ("--rdp", "--drop-path", "0.7")
 TIMM_COLUMNS = ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
@@ -48,8 +50,8 @@ def test_same_gives_each_batch_its_full_cycle(digits_folder, tmp_path, monkeypat
 
     watch_iterations(monkeypatch, before, after)
     loaded = []
-    original = loop.to_device
-    monkeypatch.setattr(loop, "to_device", lambda *a: loaded.append(1) or original(*a))
+    original = batches.to_device
+    monkeypatch.setattr(batches, "to_device", lambda *a: loaded.append(1) or original(*a))
     run(
         digits_folder, tmp_path, *VIT, *RDP, "--epochs", 1, "--grad-accum-steps", 2,
         "--mixup", 0.8, "--no-prefetcher",
@@ -91,17 +93,17 @@ def test_a_run_equals_its_cycles_written_out_in_plain_pytorch(digits_folder, tmp
     loop_flags = ("--grad-accum-steps", 2, "--clip-grad", 0.5, "--epochs", 1, "--no-aug")
     argv = (*model_flags, *RDP, "--rdp-batch", mode, *loop_flags)
     folder = run(digits_folder, tmp_path, *argv)
-    prepared = train.set_up(train.parse_args(flags(digits_folder, tmp_path / "loader", *argv)))
+    prepared = set_up(train.parse_args(flags(digits_folder, tmp_path / "loader", *argv)))
 
     torch.manual_seed(42)
     model = timm.create_model("test_vit", num_classes=10, drop_path_rate=0.7, img_size=32, depth=3)
-    batches = list(prepared.data.train)
+    loaded = list(prepared.data.train)
     rdp = timm_rdp.ResidualDropPath(model, seed=42)
     optimizer = timm.optim.create_optimizer_v2(model, "sgd", lr=0.05, weight_decay=2e-5)
     model.train()
     losses = {"droppath": [], "complement": []}
     for start in (0, 2, 4):
-        group = batches[start : start + 2]
+        group = loaded[start : start + 2]
         for it in rdp.cycle() if mode == "same" else [rdp.iteration()]:
             with it:
                 for images, labels in group:
@@ -168,7 +170,6 @@ def test_frozen_parameters_keep_every_bit_in_a_run(
                 trained[it.phase] += not torch.equal(parameter, run.bits[name])
 
     watch_iterations(monkeypatch, before, after)
-    monkeypatch.setattr(loop.Run, "bits", None, raising=False)
     run(digits_folder, tmp_path, *VIT, *RDP, "--rdp-batch", mode, "--epochs", 1, *more)
     assert all(trained.values())
 
@@ -227,11 +228,8 @@ def test_batches_are_grouped_as_in_timms_script(batches, accumulate):
 def test_the_loop_fetches_numbers_from_the_device_only_to_show_them(
     digits_folder, tmp_path, monkeypatch
 ):
-    run_args = train.parse_args(
-        flags(digits_folder, tmp_path, *VIT, *RDP, "--opt", "sgd", "--log-interval", 100, "-b", 4)
-    )
-    prepared = train.set_up(run_args)
     fetched = []
+    epoch = train.train_one_epoch
 
     def counted(name, original):
         def call(self, *args):
@@ -242,9 +240,15 @@ def test_the_loop_fetches_numbers_from_the_device_only_to_show_them(
 
         return call
 
-    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-    loop.train_one_epoch(prepared)
+    def watched(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+                patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+            epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_one_epoch", watched)
+    more = ("--opt", "sgd", "--log-interval", 100, "-b", 4, "--epochs", 1)
+    run(digits_folder, tmp_path, *VIT, *RDP, *more)
     # 20 updates: shown after the first and after the last
     assert fetched == ["tolist"] * 2
 
@@ -277,27 +281,26 @@ def test_weights_that_blew_up_in_the_last_step_are_not_saved(digits_folder, tmp_
 
 
 def test_weights_that_are_not_finite_are_found_before_they_are_saved(digits_folder, tmp_path):
-    prepared = train.set_up(train.parse_args(flags(digits_folder, tmp_path, *RESNET)))
-    loop.check_weights(prepared)
+    prepared = set_up(train.parse_args(flags(digits_folder, tmp_path, *RESNET)))
+    loop.check_weights(prepared.task, RunState())
     model = prepared.task.get_trainable_module()
     for tensor in list(model.state_dict().values())[::7]:
         if tensor.is_floating_point():
             good = tensor.flatten()[-1].clone()
             tensor.view(-1)[-1] = math.inf
             with pytest.raises(TrainingError, match="a weight is not a finite number"):
-                loop.check_weights(prepared)
+                loop.check_weights(prepared.task, RunState())
             tensor.view(-1)[-1] = good
-    loop.check_weights(prepared)
+    loop.check_weights(prepared.task, RunState())
 
 
 @pytest.mark.parametrize("phase", ["droppath", "complement", ""])
-def test_a_non_finite_loss_names_its_update_and_iteration(digits_folder, tmp_path, phase):
-    prepared = train.set_up(train.parse_args(flags(digits_folder, tmp_path, *VIT, *RDP)))
-    losses = Losses(prepared, epoch=3)
+def test_a_non_finite_loss_names_its_update_and_iteration(phase):
+    losses = Losses(epoch=3)
     for update, value in enumerate((1.0, 2.0, math.inf, math.nan)):
         losses.add(torch.tensor(value), 1, 16, update, phase, first=True)
     with pytest.raises(TrainingError) as error:
-        losses.settle()
+        losses.fetch()
     kind = phase or "plain"
     assert f"loss is inf in epoch 3, update 2 ({kind} iteration)" in str(error.value)
 
@@ -415,7 +418,6 @@ def test_the_projection_of_feature_distillation_is_frozen_in_complement_iteratio
         changed[run.rdp._active.phase].add(not torch.equal(run.bits, projection(run)))
 
     watch_iterations(monkeypatch, before, after)
-    monkeypatch.setattr(loop.Run, "bits", None, raising=False)
     distill = ("--kd-model-name", f"local-dir:{teacher}", "--kd-distill-type", "feature")
     run(digits_folder, tmp_path, *VIT, *RDP, *distill, "--epochs", 1)
     assert changed == {"droppath": {True}, "complement": {False}}
@@ -453,7 +455,7 @@ def test_a_terminal_gets_a_bar_with_both_losses_and_the_time_left(
     digits_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("timm_rdp.training.progress._BAR_INTERVAL", 0.0)
+    monkeypatch.setattr("timm_rdp.training.log._BAR_INTERVAL", 0.0)
     run(digits_folder, tmp_path, *VIT, *RDP)
     drawn = capsys.readouterr().err
     assert re.search(

@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg, parse_model_name
 from timm.optim import list_optimizers
 
 from timm_rdp.errors import UsageError, nearest
-from timm_rdp.training.outputs import check_output
+from timm_rdp.training.files import check_output
 
 # Flags without effect unless another one is given: rather refused than ignored.
 NEEDS = {

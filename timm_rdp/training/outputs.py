@@ -1,29 +1,32 @@
-"""What a run leaves behind beside its checkpoints: args.yaml, summary.csv, curves.png."""
-
-from __future__ import annotations
+"""What a run leaves behind: args.yaml, summary.csv, checkpoints; curves.png by curves.py."""
 
 import argparse
-import contextlib
 import csv
 import io
 import logging
-import math
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from timm import utils
 from timm.models import safe_model_name
 
-from timm_rdp.errors import TrainingError, UsageError
+from timm_rdp.errors import TrainingError, UsageError, refused_with
+from timm_rdp.training.checkpoint import Saver, restore_history
+from timm_rdp.training.curves import Curves
+from timm_rdp.training.files import write_atomically
+from timm_rdp.training.log import Losses, mean_lr
+from timm_rdp.training.loop import check_weights
+from timm_rdp.training.resume import state_of_rank, state_of_run
+from timm_rdp.training.setup import Parts
+from timm_rdp.training.state import RunState
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("timm_rdp.training")
 
 SUMMARY = "summary.csv"
-CURVES = "curves.png"
 
 
 def experiment_name(args: argparse.Namespace, data_config: Mapping) -> str:
@@ -32,41 +35,6 @@ def experiment_name(args: argparse.Namespace, data_config: Mapping) -> str:
         return args.experiment
     size = str(data_config["input_size"][-1])
     return "-".join([f"{datetime.now():%Y%m%d-%H%M%S}", safe_model_name(args.model), size])
-
-
-def check_output(folder: str | Path) -> Path:
-    """The output folder, which exists or can be made; nothing is made yet.
-
-    Raises:
-        UsageError: it has no name or none that can be, is a file, lies below one, or cannot be
-            written.
-    """
-    if not str(folder):
-        raise UsageError("--output '': name a folder")
-    folder = Path(folder)
-    path = folder.absolute()
-    try:
-        there = next(p for p in (path, *path.parents) if _is_there(p))
-        for name in path.relative_to(there).parts:
-            _is_there(there / name)
-    except (OSError, ValueError) as error:  # too long, no permission, a loop of links, a NUL
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"--output {folder}: cannot be written ({why}); name another folder"
-        ) from error
-    if not there.is_dir():
-        raise UsageError(f"--output {folder}: {there} is a file, not a folder; name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {folder}: {there} cannot be written; name another folder")
-    return folder
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def create_output(args: argparse.Namespace, experiment: str, args_text: str) -> str:
@@ -84,27 +52,6 @@ def create_output(args: argparse.Namespace, experiment: str, args_text: str) -> 
             f"--output {folder}: cannot be written ({error}); name another one with --output"
         ) from error
     return folder
-
-
-def write_atomically(path: str, content: bytes) -> None:
-    """Write a file so that it is either the old or the new one at any time.
-
-    Raises:
-        TrainingError: it cannot be written; the old one is intact.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}; make room there"
-        ) from error
 
 
 class Summary:
@@ -160,112 +107,11 @@ class Summary:
         self.rows.append({k: float(v) if v else None for k, v in row.items()} if parse else row)
 
 
-class Curves:
-    """The run's curves.png, drawn again once that costs no more than 0.2 % of the time.
-
-    Args:
-        folder: the run's.
-    """
-
-    SHARE = 1 / 500
-
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._due = -math.inf
-
-    def update(self, rows: list[dict], last: bool) -> bool:
-        """Draw the rows of summary.csv if it is time to, and always the last ones.
-
-        Returns:
-            False where matplotlib is missing
-        """
-        if time.monotonic() < self._due and not last:
-            return True
-        if not _has_matplotlib():
-            return False
-        start = time.monotonic()  # matplotlib is imported only once
-        draw_curves(self._folder, rows)
-        end = time.monotonic()
-        self._due = end + (end - start) / self.SHARE
-        return True
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-        import matplotlib.ticker  # noqa: F401
-    except ImportError:
-        return False
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells about its font cache
-    return True
-
-
-def draw_curves(folder: str, rows: list[dict]) -> None:
-    """Draw losses and accuracy over the epochs into curves.png; needs matplotlib.
-
-    Args:
-        folder: the run's.
-        rows: those of summary.csv.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
-    lines = {
-        "plain": ("plain iterations", "#56B4E9", "v", ":"),
-        "train_loss_droppath": ("droppath iterations", "#0072B2", "o", "-"),
-        "train_loss_complement": ("complement iterations", "#D55E00", "s", "-"),
-        "eval_loss": ("validation", "#000000", "^", "--"),
-    }
-    # With --rdp-start-epoch the first epochs are timm's own.
-    rows = [
-        {**row, "plain": row["train_loss"]} if row.get("train_loss_droppath") is None else row
-        for row in rows
-    ]
-    if all("plain" in row for row in rows):
-        lines = {"train_loss": ("training", "#0072B2", "o", "-"), "eval_loss": lines["eval_loss"]}
-    scores = {
-        "eval_top1": ("top-1", "#009E73", "o", "-"),
-        "eval_top5": ("top-5", "#CC79A7", "s", "--"),
-    }
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
-    for axes, curves, label in zip(
-        figure.subplots(1, 2), (lines, scores), ("loss", "validation accuracy (%)"), strict=True
-    ):
-        for column, (name, colour, marker, style) in curves.items():
-            points = [(r["epoch"], r[column]) for r in rows if r.get(column) is not None]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    linestyle=style,
-                    marker=marker,
-                    markersize=4,
-                    markevery=max(1, len(points) // 25),
-                    label=name,
-                )
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_atomically(os.path.join(folder, CURVES), image.getvalue())
-
-
-def start_wandb(args: argparse.Namespace, experiment: str):
-    """Begin the wandb run that `--log-wandb` asks for, and return the module.
-
-    Raises:
-        UsageError: wandb refuses.
-    """
+def _start_wandb(args: argparse.Namespace, experiment: str) -> Any:
+    """Begin the wandb run that `--log-wandb` asks for, and return the module."""
     import wandb
 
-    try:
+    with refused_with("--log-wandb (log in, or set WANDB_MODE=offline to log into a folder)"):
         wandb.init(
             project=args.wandb_project,
             name=experiment,
@@ -274,9 +120,113 @@ def start_wandb(args: argparse.Namespace, experiment: str):
             resume="must" if args.wandb_resume_id else None,
             id=args.wandb_resume_id or None,
         )
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"--log-wandb: {text}; log in, or set WANDB_MODE=offline to log into a folder"
-        ) from error
     return wandb
+
+
+class Outputs(NamedTuple):
+    """What the primary process writes."""
+
+    folder: str
+    saver: Saver
+    summary: Summary
+    curves: Curves
+    wandb: Any
+    entries: dict[str, Any]  # of the checkpoint that is written next, beside timm's
+
+
+def open_outputs(
+    args: argparse.Namespace, parts: Parts, state: RunState, text: str, automatic: bool
+) -> Outputs:
+    """Make the run's folder and what writes into it.
+
+    Args:
+        text: of args.yaml.
+        automatic: whether `--resume auto` was given.
+    """
+    experiment = experiment_name(args, parts.data_config)
+    wandb = _start_wandb(args, experiment) if args.log_wandb else None
+    folder = create_output(args, experiment, text)
+    entries: dict[str, Any] = {}
+    rdp = parts.rdp
+
+    def run_entries() -> dict[str, Any]:
+        kept = {k: v for k, v in entries.items() if v is not None}
+        return kept if rdp is None else {**kept, "rdp": rdp.state_dict()}
+
+    saver = Saver(
+        task=parts.task,
+        run_state=run_entries,
+        model=parts.task.get_trainable_module(),
+        optimizer=parts.optimizer,
+        args=args,
+        amp_scaler=parts.loss_scaler,
+        checkpoint_dir=folder,
+        recovery_dir=folder,
+        decreasing=parts.eval_metric == "loss",
+        max_history=args.checkpoint_hist,
+    )
+    if parts.checkpoint:
+        restore_history(saver, parts.checkpoint, args.resume)
+    if args.resume:
+        within = f", update {state.updates_done}" if state.updates_done else ""
+        _logger.info(f"Continuing {args.resume} at epoch {state.epoch}/{parts.num_epochs}{within}.")
+    # What a run left that ended before its first checkpoint is not kept by --resume auto.
+    summary = Summary(folder, state.epoch, resumed=bool(args.resume) or automatic)
+    return Outputs(folder, saver, summary, Curves(folder), wandb, entries)
+
+
+def rank_state(parts: Parts, state: RunState, losses: Losses | None = None) -> dict[str, Any]:
+    """What this process must know to go on from here (see resume.state_of_rank)."""
+    return state_of_rank(state, parts.device, parts.samplers[0], parts.stream, losses)
+
+
+def save_recovery(
+    args: argparse.Namespace,
+    parts: Parts,
+    state: RunState,
+    mine: dict[str, Any],
+    outputs: Outputs | None,
+) -> None:
+    """Write a checkpoint of the epoch in progress; every rank must call it.
+
+    Args:
+        mine: what `_rank_state` returned where the run is to go on.
+    """
+    check_weights(parts.task, state)
+    entry = None
+    if parts.samplers[0] is not None:  # else the run goes on with the next epoch
+        entry = state_of_run(
+            args, state, mine, state.updates_done, parts.lr_scheduler, parts.optimizer
+        )
+    if outputs is not None:
+        outputs.entries["run"] = entry
+        outputs.saver.save_recovery(state.epoch, batch_idx=state.update)
+
+
+def save_epoch(
+    args: argparse.Namespace,
+    parts: Parts,
+    state: RunState,
+    outputs: Outputs | None,
+    metrics: tuple[Any, Any, Any],
+    latest: float,
+) -> None:
+    """Write the epoch's row, curves and checkpoint; every rank must call it.
+
+    Args:
+        metrics: of training, of validation, of ResidualDroppath.
+        latest: the one by which checkpoints are ranked.
+    """
+    mine = rank_state(parts, state)
+    entry = state_of_run(args, state, mine, None, parts.lr_scheduler, parts.optimizer)
+    if outputs is None:
+        return
+    train_metrics, eval_metrics, rdp_metrics = metrics
+    row = outputs.summary.add(
+        state.epoch, train_metrics, eval_metrics, mean_lr(parts.optimizer), rdp_metrics
+    )
+    if outputs.wandb is not None:
+        outputs.wandb.log(row)
+    outputs.curves.update(outputs.summary.rows, last=state.epoch + 1 == parts.num_epochs)
+    outputs.entries["run"] = entry
+    outputs.saver.save_checkpoint(state.epoch, metric=latest)

@@ -1,9 +1,6 @@
 """A training run, from the command line to the last checkpoint."""
 
-from __future__ import annotations
-
 import argparse
-import copy
 import json
 import logging
 import logging.handlers
@@ -12,56 +9,29 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from timm import utils
-from timm.layers import set_fast_norm
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import timm_rdp
-from timm_rdp.errors import TrainingError, UsageError
-from timm_rdp.training.checkpoint import (
-    Saver,
-    check_checkpoints,
-    check_same_choice,
-    find_newest,
-    load_ema,
-    restore_history,
-    resume,
-)
-from timm_rdp.training.data import check_data, close_data, create_data
-from timm_rdp.training.evaluate import evaluate
-from timm_rdp.training.example import example_input
-from timm_rdp.training.interrupt import Interruption, Stopped
-from timm_rdp.training.limits import check_limits, check_tta
-from timm_rdp.training.loop import (
-    Run,
-    check_weights,
-    save_recovery,
-    train_one_epoch,
-    update_sizes,
-)
-from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
+from timm_rdp.errors import TrainingError, UsageError, report
+from timm_rdp.training.batches import load_batches
+from timm_rdp.training.data import Data, close_data
+from timm_rdp.training.interrupt import Stopped
+from timm_rdp.training.log import Display, Losses
+from timm_rdp.training.loop import batch_trainer, check_weights, evaluate, train_one_epoch
 from timm_rdp.training.options import args_text, parse_args
 from timm_rdp.training.outputs import (
-    Curves,
-    Summary,
-    create_output,
-    experiment_name,
-    start_wandb,
+    Outputs,
+    open_outputs,
+    rank_state,
+    save_epoch,
+    save_recovery,
 )
-from timm_rdp.training.position import (
-    make_resumable,
-    restore_plateau,
-    restore_position,
-    state_of_rank,
-    state_of_run,
-)
-from timm_rdp.training.progress import Progress, mean_lr
-from timm_rdp.training.randomness import DataStream
+from timm_rdp.training.resume import is_exact, restore_position, restore_schedule
+from timm_rdp.training.setup import Parts, set_up
+from timm_rdp.training.state import RunState
 
 _logger = logging.getLogger("timm_rdp.training")
 
@@ -80,101 +50,34 @@ def main(argv: list[str] | None = None) -> int:
         utils.setup_default_logging()
     try:
         with _log_held_back():
-            run = set_up(parse_args(argv))
-        return fit(run)
+            args = parse_args(argv)
+            text, automatic = args_text(args), args.resume == "auto"
+            parts = set_up(args)
+            state, losses_so_far = _continue(args, parts)
+            # The run's folder comes last: what was refused until here has written nothing.
+            outputs = None
+            if utils.is_primary(args):
+                outputs = open_outputs(args, parts, state, text, automatic)
+        return fit(args, parts, state, losses_so_far, outputs)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, TrainingError) as error:
+        return report(error)
 
 
-def set_up(args: argparse.Namespace) -> Run:
-    """Build everything that a run consists of; its folder comes last.
+def fit(
+    args: argparse.Namespace,
+    parts: Parts,
+    state: RunState,
+    losses_so_far: list[dict],
+    outputs: Outputs | None,
+) -> int:
+    """Train to the last epoch.
 
-    Raises:
-        UsageError: model, data or checkpoint do not fit the options; nothing was written.
-    """
-    text = args_text(args)
-    check_limits(args)
-    check_data(args)
-    automatic = args.resume == "auto"
-    find_newest(args)
-    check_checkpoints(args)
-    device = _setup_device(args)
-    if automatic:
-        check_same_choice(args)
-
-    # The order of what draws random numbers from here on is timm's: model, data, task, epochs.
-    utils.random_seed(args.seed, args.rank)
-    model_dtype, autocast, loss_scaler = setup_precision(args, device)
-    model, data_config = build_model(args, device, model_dtype)
-    data = create_data(args, data_config, model, device, model_dtype)
-    check_tta(args, data)
-    _settle_learning_rate(args, data.batch_size_reference)
-    train_loss, eval_loss = build_losses(args, device, data.mixup_active)
-    task = build_task(args, model, train_loss, device, model_dtype)
-    rdp = _build_rdp(args, task, data_config)
-    optimizer = _build_optimizer(args, task)
-
-    checkpoint, resume_epoch = {}, None
-    if args.resume:
-        checkpoint, resume_epoch = resume(args, task, optimizer, loss_scaler, rdp)
-    if args.model_ema:
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device="cpu" if args.model_ema_force_cpu else None,
-        )
-        if args.resume:
-            load_ema(args, task, checkpoint)
-    _wrap(args, task, rdp, device)
-
-    run = Run(
-        args,
-        device,
-        model_dtype,
-        autocast,
-        loss_scaler,
-        task,
-        eval_loss,
-        data,
-        optimizer,
-        rdp,
-        Interruption(args.distributed),
-    )
-    if args.data_seed is not None:
-        run.data_stream = DataStream(args.data_seed, args.rank, device)
-    run.train_sampler = make_resumable(data.train)
-    run.eval_sampler = make_resumable(data.eval, is_continued=False)
-    run.lr_scheduler, run.num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args, decreasing_metric=_eval_metric(run) == "loss"),
-        updates_per_epoch=run.updates_per_epoch,
-    )
-    if args.rdp and args.rdp_start_epoch >= run.num_epochs and utils.is_primary(args):
-        _logger.warning(
-            f"--rdp-start-epoch {args.rdp_start_epoch}: the run has {run.num_epochs} epochs, so "
-            "that ResidualDroppath never begins."
-        )
-    run.first_epoch = next((e for e in (args.start_epoch, resume_epoch) if e is not None), 0)
-    _continue_at(run, checkpoint)
-    run.progress = Progress(args)
-    if utils.is_primary(args):
-        _open_outputs(run, experiment_name(args, data_config), text, checkpoint, automatic)
-        if args.resume:
-            within = f", update {run.updates_done}" if run.resumed_losses else ""
-            _logger.info(
-                f"Continuing {args.resume} at epoch {run.first_epoch}/{run.num_epochs}{within}."
-            )
-    return run
-
-
-def fit(run: Run) -> int:
-    """Train from the run's first epoch to its last.
+    Args:
+        state: where the run begins or goes on.
+        losses_so_far: of an epoch that goes on.
+        outputs: those of the primary process.
 
     Returns:
         exit status: 0, or 128 and the signal's number where a signal stopped the run
@@ -182,41 +85,51 @@ def fit(run: Run) -> int:
     Raises:
         TrainingError: the run cannot go on; the checkpoints from before are kept.
     """
+    display = Display(
+        parts.num_epochs, parts.updates_per_epoch, utils.is_primary(args), args.distributed
+    )
     status = 0
+    results: list[dict] = []
+    redirected = logging_redirect_tqdm() if display.is_bar else nullcontext()
     try:
-        with (
-            run.interruption.handling(),
-            logging_redirect_tqdm() if run.progress.is_bar else nullcontext(),
-        ):
-            _epochs(run)
-            run.interruption.close()
+        with parts.stop.handled(), redirected:
+            results = _epochs(args, parts, state, losses_so_far, outputs, display)
+            parts.stop.close()
     except Stopped as stopped:
-        run.interruption.close()
+        parts.stop.close()
         status = 128 + stopped.signum
-        if utils.is_primary(run.args):
+        if outputs is not None:
             _logger.info(
-                f"{stopped} in epoch {run.epoch}, after {run.updates_done} updates: continue with "
-                f"--resume {run.saver.curr_recovery_file}"
+                f"{stopped} in epoch {state.epoch}, after {state.updates_done} updates: continue "
+                f"with --resume {outputs.saver.curr_recovery_file}"
             )
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            what = str(error).splitlines()[0]
-        elif missing := run.interruption.missing_ranks(error):
-            what = f"rank {missing} of {run.args.world_size} no longer answers"
-        else:
+        reason = _reason_to_stop(error, args.distributed)
+        if reason is None:
             raise
         raise TrainingError(
-            f"{what} in epoch {run.epoch}, update {run.update}: training stops; the checkpoints "
-            "from before are intact, continue with --resume auto"
+            f"{reason} in epoch {state.epoch}, update {state.update}: training stops; the "
+            "checkpoints from before are intact, continue with --resume auto"
         ) from error
     finally:
-        run.progress.close()
-        close_data(run.data)
-    if run.args.distributed:
+        display.close()
+        close_data(parts.data)
+    if args.distributed:
         torch.distributed.destroy_process_group()
-    if status == 0:
-        _closing_summary(run)
+    if status == 0 and outputs is not None:
+        _tell_results(outputs, results, parts.eval_metric)
     return status
+
+
+def _reason_to_stop(error: RuntimeError, distributed: bool) -> str | None:
+    """What a RuntimeError from outside this process is about; None where it is another one."""
+    first_line = str(error).partition("\n")[0]
+    if "DataLoader worker" in first_line:
+        return first_line
+    communication = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "timeout")
+    if distributed and any(word in str(error).lower() for word in communication):
+        return f"another rank no longer answers ({first_line})"
+    return None
 
 
 @contextmanager
@@ -237,238 +150,157 @@ def _log_held_back() -> Iterator[None]:
             logging.root.handle(record)
 
 
-def _epochs(run: Run) -> None:
-    args, data, task = run.args, run.data, run.task
-    reduce_bn = args.distributed and args.dist_bn in ("broadcast", "reduce")
-    for epoch in range(run.first_epoch, run.num_epochs):
-        run.epoch, after = epoch, epoch + 1
-        _set_loader_epoch(data.train, epoch)
-        train_metrics, rdp_metrics = train_one_epoch(run)
-        if reduce_bn:
-            utils.distribute_bn(
-                task.get_trainable_module(), args.world_size, args.dist_bn == "reduce"
-            )
-        if after % args.val_interval and after != run.num_epochs:
-            if run.lr_scheduler is not None:
-                run.lr_scheduler.step(after, metric=None)
-            continue
-
-        check_weights(run)
-        eval_metrics = None
-        if data.eval is not None:
-            mine = state_of_rank(run, run.losses)
-            try:
-                eval_metrics = evaluate(run, task.get_eval_model())
-                if task.has_ema() and not args.model_ema_force_cpu:
-                    ema = task.get_trainable_module(ema=True)
-                    if reduce_bn:
-                        utils.distribute_bn(ema, args.world_size, args.dist_bn == "reduce")
-                    eval_metrics = evaluate(run, task.get_eval_model(ema=True), " (EMA)")
-            except Stopped:
-                save_recovery(run, mine)
-                raise
-            if not math.isfinite(eval_metrics["loss"]):
-                raise TrainingError(
-                    f"the validation loss is {eval_metrics['loss']} after epoch {epoch}: training "
-                    "stops, and nothing of this epoch is saved; try a lower --lr or --clip-grad 1.0"
-                )
-        metric = _eval_metric(run)
-        latest = (train_metrics if eval_metrics is None else eval_metrics)[metric]
-
-        run.progress.end_epoch(run, train_metrics, rdp_metrics, eval_metrics)
-        run.state = state_of_run(run, state_of_rank(run), updates=None)
-        if run.saver is not None:
-            row = run.summary.add(epoch, train_metrics, eval_metrics, mean_lr(run), rdp_metrics)
-            if run.wandb is not None:
-                run.wandb.log(row)
-            drawn = run.curves.update(run.summary.rows, last=after == run.num_epochs)
-            if not drawn and epoch == run.first_epoch:
-                _logger.info("No curves.png: matplotlib is not installed (pip install matplotlib).")
-            run.saver.save_checkpoint(epoch, metric=latest)
-        if run.lr_scheduler is not None:
-            run.lr_scheduler.step(after, latest)
-        result = {"epoch": epoch, "train": {**train_metrics}}
-        if eval_metrics is not None:
-            result["validation"] = {**eval_metrics}
-        run.results.append(result)
-
-
-def _setup_device(args: argparse.Namespace) -> torch.device:
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    args.prefetcher = not args.no_prefetcher
-    args.grad_accum_steps = max(1, args.grad_accum_steps)
-    device = utils.init_distributed_device(args)
-    if args.fuser:
-        utils.set_jit_fuser(args.fuser)
-    if args.fast_norm:
-        set_fast_norm()
-    if args.distributed:
-        _logger.info(f"Process {args.rank} of {args.world_size}, one device each ({args.device}).")
-    else:
-        _logger.info(f"Training with a single process on 1 device ({args.device}).")
-    return device
-
-
-def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
-    """Scale `--lr-base` to the batch where `--lr` was not given."""
-    if args.lr:
-        return
-    total = batch_size * args.world_size * args.grad_accum_steps
-    ratio = total / args.lr_base_size
-    if not args.lr_base_scale:
-        adaptive = any(o in args.opt.lower() for o in ("ada", "lamb"))
-        args.lr_base_scale = "sqrt" if adaptive else "linear"
-    if args.lr_base_scale == "sqrt":
-        ratio = ratio**0.5
-    args.lr = args.lr_base * ratio
-    if utils.is_primary(args):
-        _logger.info(
-            f"Learning rate {args.lr}: --lr-base {args.lr_base} for a batch of "
-            f"{args.lr_base_size}, {args.lr_base_scale} scaling to {total:g}."
-        )
-
-
-def _build_rdp(
-    args: argparse.Namespace, task: Any, data_config: dict
-) -> timm_rdp.ResidualDropPath | None:
-    if not (args.rdp or args.skip_dropped):
-        return None
-    example = example_input(args, data_config, task.get_eval_model())
-    try:
-        rdp = timm_rdp.from_args(task.get_trainable_module(), args, example_input=example)
-    except ValueError as error:
-        option = "--rdp" if args.rdp else "--skip-dropped"
-        raise UsageError(f"{option} --model {args.model}: {error}") from error
-    if rdp is not None and utils.is_primary(args):
-        expected = sum(path.drop_prob for path in rdp.paths)
-        _logger.info(
-            f"ResidualDroppath over {len(rdp.paths)} residual paths, of which {expected:.2f} are "
-            f"dropped in the mean; complement iterations on the {args.rdp_batch} batch; masks from "
-            f"seed {rdp.seed}."
-        )
-    return rdp
-
-
-def _build_optimizer(args: argparse.Namespace, task: Any) -> torch.optim.Optimizer:
-    try:
-        optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs
-        )
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"--opt {args.opt} cannot be created with these options: {text}"
-        ) from error
-    if utils.is_primary(args):
-        defaults = copy.deepcopy(optimizer.defaults)
-        defaults["weight_decay"] = args.weight_decay  # it is in the groups, not in the defaults
-        listed = ", ".join(f"{k}: {v}" for k, v in defaults.items())
-        _logger.info(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {listed}")
-    return optimizer
-
-
-def _wrap(
+def _epochs(
     args: argparse.Namespace,
-    task: Any,
-    rdp: timm_rdp.ResidualDropPath | None,
-    device: torch.device,
-) -> None:
-    """Compile and distribute the task, and let RDP know."""
-    if args.torchcompile:
-        try:
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        except RuntimeError as error:
-            raise UsageError(f"--torchcompile-mode {args.torchcompile_mode}: {error}") from error
-        if task.has_ema():
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.distributed:
-        devices = None if device.type == "cpu" else [device]
-        task.prepare_distributed(device_ids=devices, broadcast_buffers=not args.no_ddp_bb)
-    if rdp is not None and task.get_trainable_module() is not rdp.model:
-        rdp.follow(task.get_trainable_module())
-
-
-def _continue_at(run: Run, checkpoint: dict) -> None:
-    """Set schedule, random states and position to those of the checkpoint, or to an epoch's."""
-    args, state = run.args, checkpoint.get("run")
-    # Without its optimizer state, or at an epoch of the user's choice, it is another run.
-    exact = bool(state) and not args.no_resume_opt and args.start_epoch is None
-    if exact:
-        if state["updates"] is not None and run.train_sampler is not None:
-            run.first_epoch = checkpoint["epoch"]
-        restore_position(run, state, update_sizes)
-    if exact and "plateau" in state and hasattr(run.lr_scheduler, "lr_scheduler"):
-        restore_plateau(run, checkpoint)
-    elif run.lr_scheduler is not None and (run.first_epoch > 0 or run.updates_done > 0):
-        if args.sched_on_updates:
-            done = run.first_epoch * run.updates_per_epoch + run.updates_done
-            run.lr_scheduler.step_update(done)
+    parts: Parts,
+    state: RunState,
+    losses_so_far: list[dict],
+    outputs: Outputs | None,
+    display: Display,
+) -> list[dict]:
+    """Load, step, log, validate, save, epoch by epoch; returns the metrics of each."""
+    task, lr_scheduler = parts.task, parts.lr_scheduler
+    train_batch = batch_trainer(args, task, parts.optimizer, parts.autocast, parts.loss_scaler)
+    results = []
+    for epoch in range(state.epoch, parts.num_epochs):
+        losses = Losses(epoch, parts.rdp, parts.device, args.world_size * args.distributed)
+        if losses_so_far:
+            losses.load_state_dicts(losses_so_far)
         else:
-            run.lr_scheduler.step(run.first_epoch)
-    if utils.is_primary(run.args) and run.lr_scheduler is not None:
-        unit = "epoch" if run.lr_scheduler.t_in_epochs else "update"
-        _logger.info(f"Scheduled epochs: {run.num_epochs}. LR stepped per {unit}.")
+            state.updates_done = state.batches_done = 0
+        state.epoch, losses_so_far = epoch, []
+        _start_epoch(args, parts.data, epoch)
+        train_one_epoch(
+            args,
+            state,
+            task=task,
+            optimizer=parts.optimizer,
+            rdp=parts.rdp if epoch >= args.rdp_start_epoch else None,
+            batches=load_batches(
+                args, state, parts.data, parts.device, parts.dtype, parts.stream or nullcontext
+            ),
+            num_batches=len(parts.data.train),
+            train_batch=train_batch,
+            losses=losses,
+            lr_scheduler=lr_scheduler,
+            display=display,
+            stop=parts.stop,
+            save_recovery=partial(save_recovery, args, parts, state, outputs, losses),
+            image_folder=outputs.folder if outputs is not None else None,
+        )
+        train_metrics, rdp_metrics = losses.summary()
+        _distribute_statistics(args, task.get_trainable_module())
+        latest = None
+        if not (epoch + 1) % args.val_interval or epoch + 1 == parts.num_epochs:
+            check_weights(task, state)
+            before_validation = rank_state(parts, state, losses)
+            try:
+                eval_metrics = _validate(args, parts, display, epoch)
+            except Stopped:
+                save_recovery(args, parts, state, outputs, losses, before_validation)
+                raise
+            display.end_epoch(state, train_metrics, rdp_metrics, eval_metrics)
+            latest = (eval_metrics or train_metrics)[parts.eval_metric]
+            metrics = (train_metrics, eval_metrics, rdp_metrics)
+            save_epoch(args, parts, state, outputs, metrics, latest)
+            result = {"epoch": epoch, "train": {**train_metrics}}
+            results.append({**result, "validation": {**eval_metrics}} if eval_metrics else result)
+        if lr_scheduler is not None:
+            lr_scheduler.step(epoch + 1, metric=latest)
+    return results
 
 
-def _open_outputs(run: Run, experiment: str, text: str, checkpoint: dict, automatic: bool) -> None:
-    args = run.args
-    if args.log_wandb:
-        run.wandb = start_wandb(args, experiment)
-    run.output_dir = create_output(args, experiment, text)
-    run.saver = Saver(
-        task=run.task,
-        run_state=lambda: _state_of_run(run),
-        model=run.task.get_trainable_module(),
-        optimizer=run.optimizer,
-        args=args,
-        amp_scaler=run.loss_scaler,
-        checkpoint_dir=run.output_dir,
-        recovery_dir=run.output_dir,
-        decreasing=_eval_metric(run) == "loss",
-        max_history=args.checkpoint_hist,
-    )
-    if checkpoint:
-        restore_history(run.saver, checkpoint, args.resume)
-    # What a run left that ended before its first checkpoint is not kept by --resume auto.
-    resumed = bool(args.resume) or automatic
-    run.summary = Summary(run.output_dir, run.first_epoch, resumed)
-    run.curves = Curves(run.output_dir)
-
-
-def _state_of_run(run: Run) -> dict:
-    """What a checkpoint holds beside timm's entries: all that an exact resume needs."""
-    state = {} if run.state is None else {"run": run.state}
-    return state if run.rdp is None else {**state, "rdp": run.rdp.state_dict()}
-
-
-def _eval_metric(run: Run) -> str:
-    return run.args.eval_metric if run.data.eval is not None else "loss"
-
-
-def _set_loader_epoch(loader: Any, epoch: int) -> None:
+def _start_epoch(args: argparse.Namespace, data: Data, epoch: int) -> None:
+    loader = data.train
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
     if hasattr(loader.batch_sampler, "set_epoch"):
         loader.batch_sampler.set_epoch(epoch)
     elif hasattr(loader.sampler, "set_epoch"):
         loader.sampler.set_epoch(epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        if args.prefetcher and getattr(loader, "mixup_enabled", False):
+            loader.mixup_enabled = False
+        elif data.mixup_fn is not None:
+            data.mixup_fn.mixup_enabled = False
 
 
-def _closing_summary(run: Run) -> None:
-    if not utils.is_primary(run.args):
-        return
-    saver, metric = run.saver, _eval_metric(run)
+def _distribute_statistics(args: argparse.Namespace, module: torch.nn.Module) -> None:
+    if args.distributed and args.dist_bn in ("broadcast", "reduce"):
+        utils.distribute_bn(module, args.world_size, args.dist_bn == "reduce")
+
+
+def _validate(
+    args: argparse.Namespace, parts: Parts, display: Display, epoch: int
+) -> dict[str, float] | None:
+    """Metrics of the validation set, those of the moving average where there is one.
+
+    Raises:
+        Stopped: the run was asked to stop.
+        TrainingError: the loss is not a finite number.
+    """
+    task = parts.task
+    if parts.data.eval is None:
+        return None
+
+    def validate(model: torch.nn.Module, suffix: str = "") -> dict[str, float]:
+        return evaluate(
+            args, task, model, parts.data.eval, parts.device, parts.dtype, parts.autocast,
+            display, parts.stop, suffix,
+        )  # fmt: skip
+
+    metrics = validate(task.get_eval_model())
+    if task.has_ema() and not args.model_ema_force_cpu:
+        _distribute_statistics(args, task.get_trainable_module(ema=True))
+        metrics = validate(task.get_eval_model(ema=True), " (EMA)")
+    if not math.isfinite(metrics["loss"]):
+        raise TrainingError(
+            f"the validation loss is {metrics['loss']} after epoch {epoch}: training stops, and "
+            "nothing of this epoch is saved; try a lower --lr or --clip-grad 1.0"
+        )
+    return metrics
+
+
+def _continue(args: argparse.Namespace, parts: Parts) -> tuple[RunState, list[dict]]:
+    """Where the run begins: at the start, at an epoch, or exactly where a checkpoint was written.
+
+    Random states, the loader's position and the schedule are set to it.
+
+    Returns:
+        the position, and the losses so far of an epoch that goes on
+    """
+    checkpoint = parts.checkpoint
+    epochs = (args.start_epoch, parts.resume_epoch, 0)
+    state = RunState(epoch=next(e for e in epochs if e is not None))
+    losses: list[dict] = []
+    if is_exact(args, checkpoint):
+        losses = restore_position(
+            args, state, checkpoint, parts.device, parts.data.train, parts.samplers, parts.stream
+        )
+    lr_scheduler = parts.lr_scheduler
+    restore_schedule(
+        args, state, checkpoint, lr_scheduler, parts.optimizer, parts.updates_per_epoch
+    )
+    if utils.is_primary(args):
+        if lr_scheduler is not None:
+            unit = "epoch" if lr_scheduler.t_in_epochs else "update"
+            _logger.info(f"Scheduled epochs: {parts.num_epochs}. LR stepped per {unit}.")
+        if args.rdp and args.rdp_start_epoch >= parts.num_epochs:
+            _logger.warning(
+                f"--rdp-start-epoch {args.rdp_start_epoch}: the run has {parts.num_epochs} epochs, "
+                "so that ResidualDroppath never begins."
+            )
+    return state, losses
+
+
+def _tell_results(outputs: Outputs, results: list[dict], metric: str) -> None:
+    saver = outputs.saver
     if saver.best_metric is not None:
         _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
-    _logger.info(f"Outputs are in {run.output_dir}")
-
-    sign = -1 if metric == "loss" else 1
+    _logger.info(f"Outputs are in {outputs.folder}")
 
     def merit(result: dict) -> float:
-        value = sign * result.get("validation", result["train"]).get(metric, 0)
-        return -math.inf if math.isnan(value) else value
+        value = result.get("validation", result["train"]).get(metric, 0)
+        return -math.inf if math.isnan(value) else -value if metric == "loss" else value
 
-    shown = sorted(run.results, key=merit)
-    print(f"--result\n{json.dumps(shown[-10:], indent=4)}")
+    print(f"--result\n{json.dumps(sorted(results, key=merit)[-10:], indent=4)}")

@@ -44,7 +44,7 @@ from timm_rdp.study.compare.runs import (
 )
 from timm_rdp.study.figures import check_matplotlib
 from timm_rdp.training.checks import flag
-from timm_rdp.training.outputs import check_output, write_atomically
+from timm_rdp.training.files import check_output, write_atomically
 
 
 def build_parser() -> argparse.ArgumentParser:

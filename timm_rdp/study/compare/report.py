@@ -13,7 +13,7 @@ from timm_rdp.study.compare.results import Result, Row, read_results, tabulate
 from timm_rdp.study.compare.runs import DIVERGED, FAILED, MATCHED
 from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
 from timm_rdp.study.figures import save
-from timm_rdp.training.outputs import write_atomically
+from timm_rdp.training.files import write_atomically
 
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 Table = Mapping[float, Sequence[Row]]  # by drop rate

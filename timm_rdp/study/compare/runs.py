@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from timm_rdp.errors import UsageError
-from timm_rdp.training.outputs import SUMMARY, write_atomically
+from timm_rdp.training.files import write_atomically
+from timm_rdp.training.outputs import SUMMARY
 
 VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
 RDP_VARIANTS = ("rdp", "rdp-next")

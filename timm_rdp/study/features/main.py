@@ -40,7 +40,7 @@ from timm_rdp.study.figures import (
     similarity_grid,
 )
 from timm_rdp.study.outputs import write_csv
-from timm_rdp.training.outputs import check_output
+from timm_rdp.training.files import check_output
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6

@@ -22,7 +22,7 @@ from timm_rdp.study.figures import check_matplotlib, pixels, save, similarity_gr
 from timm_rdp.study.outputs import write_csv
 from timm_rdp.study.spiral import algorithm, toy
 from timm_rdp.study.spiral import figures as toy_figures
-from timm_rdp.training.outputs import check_output
+from timm_rdp.training.files import check_output
 
 MEASURES = {
     "cka_paths": "linear CKA, path outputs",
