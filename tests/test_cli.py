@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import timm_rdp
 from timm_rdp import cli
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,28 @@ def test_without_a_subcommand_the_subcommands_are_listed(capsys):
     assert "train" in listed
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == listed
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"]])
+def test_what_needs_no_torch_does_not_import_it(tmp_path, argv):
+    code = "import sys; import timm_rdp.cli as cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+    done = run("-c", code, *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.splitlines()[-1].split()
+    assert "timm_rdp.cli" in imported and "torch" not in imported
+
+
+def test_the_version_is_that_of_the_package(tmp_path):
+    done = run("-m", "timm_rdp", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"timm-rdp {timm_rdp.__version__}\n")
+
+
+def test_every_public_name_is_imported_when_it_is_used():
+    assert set(timm_rdp.__all__) <= set(dir(timm_rdp))
+    for name in timm_rdp.__all__:
+        assert getattr(timm_rdp, name).__name__ == name
+    with pytest.raises(AttributeError, match="'no_such_name'"):
+        timm_rdp.no_such_name  # noqa: B018
 
 
 def test_only_subcommands_that_exist_are_listed(capsys, monkeypatch):
@@ -48,7 +71,7 @@ def test_help_shows_every_group_and_exits_with_0(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[ROOT / "train_rdp.py"], ["-m", "timm_rdp.cli", "train"]], ids=["script", "command"]
+    "command", [[ROOT / "train_rdp.py"], ["-m", "timm_rdp", "train"]], ids=["script", "command"]
 )
 def test_bad_input_of_a_real_process_is_one_line_and_status_2(tmp_path, command):
     done = run(*command, "--model", "resnet5o", "--output", "out", cwd=tmp_path)

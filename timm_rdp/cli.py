@@ -5,6 +5,8 @@ import sys
 from difflib import get_close_matches
 from importlib.util import find_spec
 
+from timm_rdp import __version__
+
 COMMANDS = {
     "train": ("timm_rdp.training.train", "train a model, with or without ResidualDroppath"),
     "launch": ("timm_rdp.launch.main", "run your own training script with ResidualDroppath"),
@@ -20,9 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     commands = {name: entry for name, entry in COMMANDS.items() if find_spec(entry[0])}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: timm-rdp SUBCOMMAND ... (timm-rdp SUBCOMMAND --help says more)\n")
+        print("usage: timm-rdp SUBCOMMAND ... (timm-rdp SUBCOMMAND --help says more)")
+        print("       timm-rdp --version\n")
         for name, (_, help_text) in commands.items():
             print(f"  {name:<10} {help_text}")
+        return 0
+    if argv[0] == "--version":
+        print(f"timm-rdp {__version__}")
         return 0
     if argv[0] not in commands:
         close = get_close_matches(argv[0], commands, n=1)
