@@ -10,8 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.hooks import Hook
-from timm_rdp.core.skip import pass_on_one_sample
+from timm_rdp.core.skip import Hook, pass_on_one_sample
 from timm_rdp.core.trace import trace_paths
 
 # Blocks of different makes; with `-m slow` all families.

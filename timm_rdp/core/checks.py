@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,22 +14,14 @@ from timm_rdp.core.paths import PathGraph
 
 
 def whole_number(argument: str, value: Any) -> int:
-    """The value of an argument that must be a whole number.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The value of an argument, as an int; ValueError if it is no whole number."""
     if not hasattr(value, "__index__"):
         raise ValueError(f"{argument}={value!r} must be a whole number")
     return operator.index(value)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile.
-
-    Raises:
-        ValueError: it is wrapped in DataParallel.
-    """
+    """The module inside DistributedDataParallel and torch.compile; ValueError for DataParallel."""
     while True:
         if isinstance(model, torch.nn.DataParallel):
             raise ValueError(
@@ -105,16 +97,7 @@ def check_droppable(model: nn.Module, graph: PathGraph) -> None:
 
 
 def check_state(state: Any, expected: Mapping[str, Any], phases: Iterable[str]) -> None:
-    """Check that a controller can load a state.
-
-    Args:
-        state: what it was given.
-        expected: its own state.
-        phases: what `phase` may be.
-
-    Raises:
-        ValueError: not such a state, or one of a model with other paths.
-    """
+    """Check that a controller whose own state is `expected` can load `state`; ValueError if not."""
     if not isinstance(state, Mapping):
         raise ValueError(f"not the state of a ResidualDropPath: a {type(state).__name__}")
     if missing := sorted(set(expected) - set(state)):

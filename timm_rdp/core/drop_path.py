@@ -2,9 +2,10 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor
 
 from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
@@ -23,7 +24,7 @@ class MaskedDropPath(SkippingDropPath):
     _calls: int = 1  # calls per forward
     _call: int = 0  # calls since the forward began
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
-    _record: Sequence[Tensor | tuple] = ()
+    _record: Sequence[Any] = ()  # per call, see _as_mask
     _owner: Callable[[], object] | None = None  # weak reference to the controller
 
     @property
@@ -97,7 +98,7 @@ class MaskedDropPath(SkippingDropPath):
             return zeros_for_batch(x, *self._batch[call])
         return torch.zeros_like(x)
 
-    def _note(self, call: int, entry: object) -> None:
+    def _note(self, call: int, entry: Any) -> None:
         self._record = [entry] if call == 0 else [*self._record, entry]
 
     def decide(
@@ -107,9 +108,7 @@ class MaskedDropPath(SkippingDropPath):
     ) -> None:
         """Set what each call of the coming forwards does; None is timm's behaviour for all.
 
-        Args:
-            decisions: one per call.
-            weights: for compiled models the same as tensors of shape ().
+        Compiled models are handed the same as tensors of shape (), `weights`.
         """
         # nn.Module's own __setattr__ would be most of what an iteration costs.
         vars(self).update(
@@ -118,7 +117,7 @@ class MaskedDropPath(SkippingDropPath):
             _call=0,
             _batch={},
         )
-        if weights is not None:
+        if decisions is not None and weights is not None:
             told = zip(decisions, weights, strict=True)
             self._record = [(d != 0.0, w.device) for d, w in told if w is not None]
 
@@ -131,7 +130,7 @@ class MaskedDropPath(SkippingDropPath):
 _ADDED = {*SkippingDropPath.__annotations__, *MaskedDropPath.__annotations__}
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _refuse_unknown_compile() -> None:
     raise RuntimeError(
         "the model was compiled after it was patched: pass the compiled model to ResidualDropPath, "
@@ -139,7 +138,7 @@ def _refuse_unknown_compile() -> None:
     )
 
 
-def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, object]:
+def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, Any]:
     """timm's stochastic depth with the same use of the random state, and what it sampled."""
     if drop_prob == 0.0:
         return x, (x.shape[0], x.device)
@@ -150,7 +149,7 @@ def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tenso
     return x * mask, mask
 
 
-def _as_mask(entry: object) -> Tensor:
+def _as_mask(entry: Any) -> Tensor:
     # Kept as cheap as it came and made a bool tensor only when somebody looks.
     if isinstance(entry, Tensor):
         return entry.flatten() != 0
@@ -178,6 +177,6 @@ def patch(
 def unpatch(modules: Mapping[str, MaskedDropPath]) -> None:
     """Give patched modules their class back and remove everything that patching added."""
     for module in modules.values():
-        module.__class__ = DropPath
+        setattr(module, "__class__", DropPath)  # noqa: B010
         for name in _ADDED:
             vars(module).pop(name, None)

@@ -5,15 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.drop_path import Decision, patch, unpatch
-from timm_rdp.core.hooks import Hook
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import SkippingDropPath, keep_in_eval, pass_on_one_sample
+from timm_rdp.core.skip import Hook, SkippingDropPath, keep_in_eval, pass_on_one_sample
 
 
 class ModelPatch:

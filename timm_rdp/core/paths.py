@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class PathGraph:
         self.depends_on_input = bool(self._everything & input_bit)
         self.calls_per_forward = Counter(called)
 
-        modules = dict(model.named_modules())
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
         paths = []
         for i, name in enumerate(called):
             call = called[:i].count(name)
@@ -113,7 +113,7 @@ class PathGraph:
         return frozenset(_select(self._parameters, self._live(self._bits(names)) >> self._count))
 
     def dropped_buffers(self, names: Iterable[str]) -> frozenset[str]:
-        """Names of the modules with buffers whose output reaches the model's only through `names`."""
+        """Names of the modules with buffers that reach the output only through `names`."""
         return frozenset(o.name for o in self._cut_owners(self._bits(names)) if o.buffered)
 
     def entrances(self, name: str) -> tuple[str, ...]:

@@ -18,54 +18,14 @@ from timm_rdp.core.checks import (
     whole_number,
 )
 from timm_rdp.core.ddp import check_same_on_all_ranks
-from timm_rdp.core.hooks import Hook
+from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.paths import Path
+from timm_rdp.core.skip import Hook
 from timm_rdp.core.trace import trace_paths
 
-DROPPATH = "droppath"
-COMPLEMENT = "complement"
-
-
-class Iteration:
-    """One training iteration, to be entered with `with`; made by ResidualDropPath.
-
-    Within it the model's DropPaths and `requires_grad` flags are set for its phase. Leaving it by
-    an exception restores everything and does not count: the same iteration comes next.
-
-    Attributes:
-        phase: "droppath" or "complement".
-        cycle: cycle number, from 0.
-        dropped: names of the paths that are dropped in the droppath iteration of this cycle.
-        trainable: names of the parameters that this iteration trains.
-    """
-
-    def __init__(
-        self,
-        rdp: "ResidualDropPath",
-        phase: str,
-        cycle: int,
-        dropped: frozenset[str],
-        trainable: frozenset[str],
-    ):
-        self._rdp = rdp
-        self.phase = phase
-        self.cycle = cycle
-        self.dropped = dropped
-        self.trainable = trainable
-        self._entered_by_user = False  # by `with`, not by the hooks of attach()
-
-    def __enter__(self) -> "Iteration":
-        self._entered_by_user = True
-        self._rdp._enter(self)
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._rdp._leave(completed=error is None)
-
-    def __repr__(self) -> str:
-        return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"
+__all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
 
 
 class ResidualDropPath:
@@ -182,18 +142,17 @@ class ResidualDropPath:
         return it
 
     def _next(self) -> Iteration:
+        dropped = self._dropped
         if self._phase == DROPPATH:
             kept = sample_masks(self.seed, self._cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-            carried = self.dropped_part(dropped)
-            trainable = [
-                n for n, p in self._parameters.items() if p.requires_grad and n not in carried
-            ]
-        else:
-            dropped = self._dropped
-            carried = self.dropped_part(dropped)
-            trainable = [n for n in carried if self._parameters[n].requires_grad]
-        return Iteration(self, self._phase, self._cycle, dropped, frozenset(trainable))
+        carried = self.dropped_part(dropped)
+        trainable = frozenset(
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
+        )
+        return Iteration(self._enter, self._leave, self._phase, self._cycle, dropped, trainable)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -314,12 +273,13 @@ class ResidualDropPath:
         it.trainable = frozenset(n for n in it.trainable if self._parameters[n].requires_grad)
         self._begin(it)
         not_run = it.dropped if it.phase == DROPPATH else frozenset()
-        decisions = {(p.module, p.call): _decision(p, it) for p in self.paths}
+        decisions = {(p.module, p.call): it.decision(p) for p in self.paths}
         self._active = it
         self._patch.turn_on(decisions, it.trainable, not_run)
 
     def _leave(self, completed: bool) -> None:
         it, self._active = self._active, None
+        assert it is not None
         not_as_traced = self._patch.not_as_traced() if completed else None
         self._patch.turn_off()
         if not_as_traced:
@@ -342,12 +302,3 @@ class ResidualDropPath:
                 self._phase = COMPLEMENT
                 return
         self._cycle, self._phase = it.cycle + 1, DROPPATH
-
-
-def _decision(path: Path, it: Iteration) -> float:
-    """What the path's DropPath does in this iteration (see drop_path.Decision)."""
-    if it.phase == COMPLEMENT:
-        return 1.0
-    if path.name in it.dropped:
-        return 0.0
-    return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

@@ -6,10 +6,28 @@ returns full-size zeros. A path whose samples are dropped one by one is handed t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+
+
+class Hook:
+    """A forward hook that calls `function`, and does nothing in a copy of the model.
+
+    Args:
+        function: takes the hook's arguments; None for a hook that does nothing.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return (Hook, ())
 
 
 class SkippingDropPath(DropPath):

@@ -8,9 +8,8 @@ from torch import nn
 
 from timm_rdp.core.checks import find_drop_paths, why_none_is_called
 from timm_rdp.core.drop_path import patch, unpatch
-from timm_rdp.core.hooks import Hook
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import SkippingDropPath, pass_on_kept_samples
+from timm_rdp.core.skip import Hook, SkippingDropPath, pass_on_kept_samples
 from timm_rdp.core.trace import trace_paths
 
 _logger = logging.getLogger(__name__)

@@ -2,12 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
@@ -33,8 +34,9 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
     """
     inputs = [example_input] if example_input is not None else list(_example_inputs(model))
     on_meta = any(p.is_meta for p in model.parameters())  # and so without values to copy
+    failures: list[str] = []
     for device in ("meta",) if on_meta else ("meta", "cpu"):
-        failures = []
+        failures.clear()
         for candidate in inputs:
             try:
                 return _trace_on(torch.device(device), model, candidate)
@@ -66,9 +68,7 @@ class _TracedDropPath(DropPath):
 
 def _trace_on(device: torch.device, model: nn.Module, example_input: Any) -> PathGraph:
     traced = _copy_to(device, model)
-    calls = _prepare(traced)
-    if device.type == "meta":
-        _run_one_step_of_recurrences(traced)
+    calls = _prepare(traced, device)
     owners, hooks = _watch_owners(traced)
     floats = (p.dtype for p in traced.parameters() if p.is_floating_point())
     dtype = next(floats, torch.float32)
@@ -98,19 +98,22 @@ def _trace_on(device: torch.device, model: nn.Module, example_input: Any) -> Pat
     return graph
 
 
-def _prepare(traced: nn.Module) -> list[tuple[DropPath, Any, tuple[int, ...]]]:
+def _prepare(
+    traced: nn.Module, device: torch.device
+) -> list[tuple[DropPath, Any, tuple[int, ...]]]:
     """Make the copy of a model ready to be traced; the list that its DropPaths write to."""
-    _drop_hooks(traced)
     traced.train()
-    if hasattr(traced, "set_grad_checkpointing"):
-        traced.set_grad_checkpointing(False)
+    getattr(traced, "set_grad_checkpointing", lambda enable: None)(False)
     calls: list[tuple[DropPath, Any, tuple[int, ...]]] = []
     for module in traced.modules():
+        _drop_hooks(module)
         if isinstance(module, DropPath):
             module.__class__ = _TracedDropPath
-            module._noted = calls
+            vars(module)["_noted"] = calls
         elif isinstance(module, nn.SyncBatchNorm):
             module.training = False  # in train mode it runs on a GPU only, and between processes
+        elif isinstance(module, nn.RNNBase) and device.type == "meta":
+            module.forward = partial(_one_step, module, module.forward)
     for parameter in traced.parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(True)
@@ -167,32 +170,17 @@ def _watch_owners(model: nn.Module) -> tuple[list[Owner], list]:
     return owners, hooks
 
 
-def _run_one_step_of_recurrences(model: nn.Module) -> None:
-    """Hand LSTMs and their like one step of the sequence, and repeat what they make of it.
+def _one_step(module: nn.RNNBase, forward: Callable[..., tuple], *args: Any, **kwargs: Any) -> Any:
+    """What an LSTM or its like makes of the first step of a sequence, for every step.
 
     On meta a step costs as much as any layer, and all steps depend on the same parameters.
     """
-
-    def first_step(module: nn.RNNBase, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        module._steps = None
-        if not args or not isinstance(args[0], Tensor):
-            return None  # a PackedSequence, say
-        dim = 1 if module.batch_first and args[0].ndim == 3 else 0
-        module._steps = (dim, args[0].shape[dim])
-        return (args[0].narrow(dim, 0, 1), *args[1:]), kwargs
-
-    def all_steps(module: nn.RNNBase, _: tuple, result: tuple) -> tuple | None:
-        if module._steps is None:
-            return None
-        output, state = result
-        dim, steps = module._steps
-        first = output.transpose(0, dim)
-        return first.repeat(steps, *(1,) * (output.ndim - 1)).transpose(0, dim), state
-
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            module.register_forward_pre_hook(first_step, with_kwargs=True)
-            module.register_forward_hook(all_steps)
+    if not args or not isinstance(args[0], Tensor):
+        return forward(*args, **kwargs)  # a PackedSequence, say
+    sequence, *more = args
+    dim = 1 if module.batch_first and sequence.ndim == 3 else 0
+    output, state = forward(sequence.narrow(dim, 0, 1), *more, **kwargs)
+    return output.repeat_interleave(sequence.shape[dim], dim), state
 
 
 def _reach(
@@ -248,18 +236,13 @@ def _meta_like(value: Tensor) -> Tensor:
     return nn.Parameter(meta, requires_grad=False) if isinstance(value, nn.Parameter) else meta
 
 
-def _drop_hooks(model: nn.Module) -> None:
+def _drop_hooks(module: nn.Module) -> None:
     """Keep the hooks that compute weights; a user's own must not see the copy."""
-    for module in model.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
-                    del hooks[key]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for hooks in (getattr(module, kind) for kind in kinds):
+        for key, hook in list(hooks.items()):
+            if not type(hook).__module__.startswith("torch.nn.utils"):
+                del hooks[key]
 
 
 def _example_inputs(model: nn.Module) -> Iterator[Tensor]:

@@ -1,11 +1,11 @@
-"""Which paths need not be run when they are dropped: found by trying, not from a table of models."""
+"""Which paths need not be run when they are dropped: found by trying it out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from timm_rdp.core.paths import PathGraph
@@ -28,7 +28,7 @@ class _Candidate:
 
 
 class _TrialDropPath(SkippingDropPath):
-    """Returns the zeros of a dropped path, or raises _Mismatch."""
+    """Returns the zeros of a dropped path if it is handed one sample of the batch."""
 
     _call: int
     _dropped: dict[int, tuple[_Candidate, list[_Candidate]]]  # by call; and the paths under way
@@ -40,19 +40,12 @@ class _TrialDropPath(SkippingDropPath):
             return x
         candidate, under_way = self._dropped[call]
         batch, memory_format = self._batch.get(call, (0, torch.contiguous_format))
-        if x.shape[0] != 1 or (batch, *x.shape[1:]) != candidate.shape:
-            raise _Mismatch(candidate)
         if candidate in under_way:
             under_way.remove(candidate)
+        if x.shape[0] != 1 or (batch, *x.shape[1:]) != candidate.shape:
+            under_way.append(candidate)
+            raise ValueError(f"{candidate.name} was not handed one sample")
         return zeros_for_batch(x, batch, memory_format)
-
-
-class _Mismatch(Exception):
-    """The DropPath was handed something else than one sample of the batch."""
-
-    def __init__(self, candidate: _Candidate):
-        super().__init__(candidate.name)
-        self.candidate = candidate
 
 
 def find_skippable(
@@ -140,8 +133,6 @@ def _try(
     try:
         run()
         return False, None
-    except _Mismatch as e:
-        return True, e.candidate
     except Exception:  # whatever a model raises on a batch that it cannot take
         return True, under_way[-1] if under_way else None
     finally:
