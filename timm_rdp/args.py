@@ -18,7 +18,6 @@ def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--rdp",
         action="store_true",
-        default=False,
         help="train with ResidualDroppath (arXiv 2411.09475)",
     )
     group.add_argument(
@@ -52,7 +51,6 @@ def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--skip-dropped",
         action="store_true",
-        default=False,
         help="without --rdp: compute what timm's per-sample DropPath keeps, and nothing else",
     )
     return group
@@ -71,18 +69,19 @@ def from_args(
     Raises:
         ValueError: see ResidualDropPath.
     """
-    if not args.rdp:
-        if getattr(args, "skip_dropped", False):
-            if getattr(args, "torchcompile", None):
-                raise ValueError(
-                    "--skip-dropped has no effect in compiled code: leave out --torchcompile or it"
-                )
-            skip_dropped(model, example_input)
-        return None
-    if getattr(args, "skip_dropped", False):
+    skip = getattr(args, "skip_dropped", False)
+    if skip and args.rdp:
         raise ValueError(
-            "--skip-dropped goes without --rdp, which does not run dropped paths anyway"
+            "--skip-dropped cannot be combined with --rdp, which does not run dropped paths anyway"
         )
+    if skip and getattr(args, "torchcompile", None):
+        raise ValueError(
+            "--skip-dropped cannot be combined with --torchcompile: compiled code runs every path"
+        )
+    if skip:
+        skip_dropped(model, example_input)
+    if not args.rdp:
+        return None
     seeds = (args.rdp_seed, getattr(args, "seed", None), 0)
     seed = next(s for s in seeds if s is not None)
     rdp = ResidualDropPath(model, seed=seed, every=args.rdp_every, example_input=example_input)

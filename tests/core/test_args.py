@@ -88,7 +88,7 @@ def test_drop_paths_that_are_left_to_timm_are_named_once(caplog):
     "argv, message",
     [
         (("--rdp", "--rdp-every", "0"), "every=0 must be 1 or more"),
-        (("--rdp", "--skip-dropped"), "--skip-dropped goes without --rdp"),
+        (("--rdp", "--skip-dropped"), "--skip-dropped cannot be combined with --rdp"),
     ],
 )
 def test_options_out_of_place_are_one_line(argv, message):

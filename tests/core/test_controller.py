@@ -377,6 +377,15 @@ def test_a_state_that_does_not_fit_is_refused():
         rdp.load_state_dict(before)
 
 
+@pytest.mark.parametrize("bad", [None, {"phase": "other"}, {"dropped": ["nowhere"]}])
+def test_a_state_that_makes_no_sense_is_refused_and_nothing_changes(bad):
+    rdp = ResidualDropPath(small_model("test_vit"))
+    state = rdp.state_dict()
+    with pytest.raises(ValueError, match="state"):
+        rdp.load_state_dict(bad and {**state, **bad})
+    assert rdp.state_dict() == state
+
+
 # attach().
 
 
@@ -458,9 +467,11 @@ def test_attached_micro_batches_are_one_iteration():
     assert same_bits(parameters_of(attached), parameters_of(written))
 
 
-def test_an_overflow_that_skips_the_attached_step_repeats_the_same_iteration():
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_that_skips_the_attached_step_repeats_the_same_iteration(fused):
+    # A fused optimizer is stepped even then, and skips the overflow itself.
     model = small_model("test_vit")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     rdp = ResidualDropPath(model, seed=4).attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     seen = []
@@ -468,12 +479,14 @@ def test_an_overflow_that_skips_the_attached_step_repeats_the_same_iteration():
         before, at = parameters_of(model), rdp.iteration()
         loss = loss_of(model, *batch("test_vit"))
         scaler.scale(loss * float("inf") if overflow else loss).backward()
-        scaler.unscale_(optimizer)
+        if not fused:
+            scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        moved = not same_bits(before, parameters_of(model))
-        assert moved is not overflow
+        after = parameters_of(model)
+        moved = {name for name in before if not same_bits(before[name], after[name])}
+        assert moved == (set() if overflow else at.trainable)
         seen.append((at.phase, at.cycle))
     assert seen == [
         ("droppath", 0),
@@ -650,3 +663,10 @@ def test_a_model_is_patched_by_one_controller_at_a_time():
 def test_every_below_one_is_refused(every):
     with pytest.raises(ValueError, match=rf"^every={every} must be 1 or more$"):
         ResidualDropPath(small_model("test_vit"), every=every)
+
+
+@pytest.mark.parametrize("bad", [{"every": "2"}, {"every": 1.5}, {"seed": 1.5}])
+def test_a_seed_or_every_that_is_no_whole_number_is_named(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number"):
+        ResidualDropPath(small_model("test_vit"), **bad)

@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from timm.models.mvitv2 import MultiScaleVitCfg
 from torch import nn
 
-from timm_rdp.core.paths import trace_paths
+from timm_rdp.core.trace import trace_paths
 
 XCEPTION_BLOCKS = [
     {"in_chs": 64, "out_chs": 48, "stride": 2},

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.paths import trace_paths
+from timm_rdp.core.trace import trace_paths
 
 
 def names_in(model, *modules):

@@ -184,6 +184,20 @@ def test_frozen_by_the_user_between_iterations_counts_at_once():
     assert changed(before, parameters_of(model)) == before.keys()
 
 
+def test_what_the_user_freezes_before_entering_never_trains():
+    model = small_model("test_vit")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    it = ResidualDropPath(model).iteration()
+    model.head.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = model.head.weight.detach().clone()
+    with it:
+        loss_of(model, *batch("test_vit")).backward()
+        optimizer.step()
+    assert same_bits(model.head.weight.detach(), before)
+    assert "head.weight" not in it.trainable
+
+
 ENDINGS = {
     "an error before the backward": ("forward", RuntimeError),
     "an error after the backward": ("backward", ValueError),

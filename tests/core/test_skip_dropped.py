@@ -215,8 +215,11 @@ def test_the_training_script_skips_with_skip_dropped(digits_folder, tmp_path, mo
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--skip-dropped", "--rdp", "--drop-path", "0.1"), "--skip-dropped goes without --rdp"),
-        (("--skip-dropped", "--drop-path", "0.1", "--torchcompile"), "compiled"),
+        (("--skip-dropped", "--rdp", "--drop-path", "0.1"), "cannot be combined with --rdp"),
+        (
+            ("--skip-dropped", "--drop-path", "0.1", "--torchcompile"),
+            "cannot be combined with --torchcompile",
+        ),
         (("--skip-dropped",), "no DropPath is called"),
     ],
 )

@@ -1,6 +1,7 @@
 """Gradients of one iteration, averaged over the ranks of DistributedDataParallel."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,13 @@ class GradientReducer:
                 "not run: do not register one"
             )
         self._ddp = ddp
-        self._names = {p: n for n, p in parameters.items()}
+        self._group: Any = ddp.process_group
+        self._names: dict[Tensor, str] = {p: n for n, p in parameters.items()}
         self._order = list(reversed(parameters.values()))
-        self._buckets: list[list[nn.Parameter]] = []
-        self._bucket_of: dict[nn.Parameter, int] = {}
+        self._buckets: list[list[Tensor]] = []
+        self._bucket_of: dict[Tensor, int] = {}
         self._waiting: list[int] = []
-        self._launched: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = []
+        self._launched: list[tuple[Any, Tensor, list[Tensor]]] = []
         self._armed = False
         self._running = False
         self._handles = [
@@ -58,23 +60,15 @@ class GradientReducer:
     def begin(self, expected: Iterable[str]) -> None:
         """Reduce, from the next backward pass on, the parameters `expected` to get a gradient."""
         expected = frozenset(expected)
-        self._buckets, self._bucket_of = [], {}
-        size = limit = 0
-        for parameter in self._order:
-            if self._names[parameter] not in expected:
-                continue
-            new_kind = self._buckets and (
-                parameter.dtype != self._buckets[-1][0].dtype
-                or parameter.device != self._buckets[-1][0].device
-            )
-            if not self._buckets or size >= limit or new_kind:
-                # As in DistributedDataParallel, a small first bucket starts communication early.
-                limit = self._ddp.bucket_bytes_cap if self._buckets else 1024 * 1024
-                self._buckets.append([])
-                size = 0
-            self._buckets[-1].append(parameter)
-            self._bucket_of[parameter] = len(self._buckets) - 1
-            size += parameter.numel() * parameter.element_size()
+        reduced: list[Tensor] = [p for p in self._order if self._names[p] in expected]
+        self._buckets = []
+        if reduced:
+            # As in DistributedDataParallel, a small first bucket starts communication early.
+            limits = [1024 * 1024, self._ddp.bucket_bytes_cap]
+            assign = dist._compute_bucket_assignment_by_size  # pyright: ignore
+            buckets, _ = assign(reduced, limits)
+            self._buckets = [[reduced[i] for i in bucket] for bucket in buckets]
+        self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._armed = True
 
     def end(self) -> None:
@@ -99,9 +93,10 @@ class GradientReducer:
             ):
                 self._launch(self._buckets[len(self._launched)])
 
-    def _launch(self, bucket: list[nn.Parameter]) -> None:
-        flat = torch.cat([p.grad.flatten() for p in bucket]).div_(self._ddp.process_group.size())
-        work = dist.all_reduce(flat, group=self._ddp.process_group, async_op=True)
+    def _launch(self, bucket: list[Tensor]) -> None:
+        gradients = [p.grad.flatten() for p in bucket if p.grad is not None]
+        flat = torch.cat(gradients).div_(self._group.size())
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
         self._launched.append((work, flat, bucket))
 
     def _finish(self) -> None:
@@ -118,6 +113,7 @@ class GradientReducer:
             work.wait()
             parts = flat.split([p.numel() for p in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
+                assert parameter.grad is not None
                 parameter.grad.copy_(part.view_as(parameter.grad))
         self._launched = []
 
@@ -142,7 +138,7 @@ def check_same_on_all_ranks(ddp: DistributedDataParallel, what: dict) -> None:
     Raises:
         ValueError: ranks differ, with the first thing in which they do.
     """
-    everyone: list = [None] * ddp.process_group.size()
+    everyone: list = [None] * dist.get_world_size(ddp.process_group)
     dist.all_gather_object(everyone, what, group=ddp.process_group)
     for key in what:
         values = {repr(w[key]) for w in everyone}

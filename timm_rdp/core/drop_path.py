@@ -1,46 +1,31 @@
 """timm's DropPath, patched so that it exposes its masks and obeys decisions made elsewhere."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from timm.layers import DropPath
-from torch import Tensor, nn
+from timm.layers.drop import DropPath
+from torch import Tensor
 
-from timm_rdp.core.skip import scatter_kept, zeros_for_batch
+from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
 
 # What one call of a DropPath is told to do within an iteration: None leaves it timm's own
 # per-sample behaviour, 0.0 drops the path for the whole batch, any other number keeps it and
 # divides its output by that number.
 Decision = float | None
 
-_ADDED = (
-    "_decisions",
-    "_weights",
-    "_calls",
-    "_call",
-    "_recompute",
-    "_record",
-    "_batch",
-    "_kept",
-    "_owner",
-)
 
-
-class MaskedDropPath(DropPath):
+class MaskedDropPath(SkippingDropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
     _decisions: tuple[Decision, ...] | None = None
     _weights: tuple[Tensor | None, ...] | None = None  # the decisions, as compiled code reads them
-    _calls = 1  # calls per forward
-    _call = 0  # calls since the forward began
-    _recompute = (-1, 0)  # backward pass that recomputes this module, index of the next call in it
-    _record: list | tuple = ()
-    _batch: Mapping[int, tuple] = MappingProxyType({})  # of calls not run, see OneSample
-    _kept: Mapping[int, tuple] = MappingProxyType(
-        {}
-    )  # mask and samples of calls run for these only
-    _owner = None  # weak reference to the controller
+    _calls: int = 1  # calls per forward
+    _call: int = 0  # calls since the forward began
+    _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
+    _record: Sequence[Any] = ()  # per call, see _as_mask
+    _owner: Callable[[], object] | None = None  # weak reference to the controller
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -113,10 +98,8 @@ class MaskedDropPath(DropPath):
             return zeros_for_batch(x, *self._batch[call])
         return torch.zeros_like(x)
 
-    def _note(self, call: int, entry: object) -> None:
-        if call == 0:
-            self._record = []
-        self._record.append(entry)
+    def _note(self, call: int, entry: Any) -> None:
+        self._record = [entry] if call == 0 else [*self._record, entry]
 
     def decide(
         self,
@@ -125,9 +108,7 @@ class MaskedDropPath(DropPath):
     ) -> None:
         """Set what each call of the coming forwards does; None is timm's behaviour for all.
 
-        Args:
-            decisions: one per call.
-            weights: for compiled models the same as tensors of shape ().
+        Compiled models are handed the same as tensors of shape (), `weights`.
         """
         # nn.Module's own __setattr__ would be most of what an iteration costs.
         vars(self).update(
@@ -136,16 +117,20 @@ class MaskedDropPath(DropPath):
             _call=0,
             _batch={},
         )
-        if weights is not None:
+        if decisions is not None and weights is not None:
             told = zip(decisions, weights, strict=True)
             self._record = [(d != 0.0, w.device) for d, w in told if w is not None]
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
-        return {k: v for k, v in self.__dict__.items() if k not in _ADDED or k == "_calls"}
+        state = {k: v for k, v in vars(self).items() if k not in _ADDED}
+        return {**state, "_calls": self._calls, "_batch": {}, "_kept": {}}
 
 
-@torch.compiler.disable
+_ADDED = {*SkippingDropPath.__annotations__, *MaskedDropPath.__annotations__}
+
+
+@torch.compiler.disable()
 def _refuse_unknown_compile() -> None:
     raise RuntimeError(
         "the model was compiled after it was patched: pass the compiled model to ResidualDropPath, "
@@ -153,7 +138,7 @@ def _refuse_unknown_compile() -> None:
     )
 
 
-def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, object]:
+def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, Any]:
     """timm's stochastic depth with the same use of the random state, and what it sampled."""
     if drop_prob == 0.0:
         return x, (x.shape[0], x.device)
@@ -164,7 +149,7 @@ def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tenso
     return x * mask, mask
 
 
-def _as_mask(entry: object) -> Tensor:
+def _as_mask(entry: Any) -> Tensor:
     # Kept as cheap as it came and made a bool tensor only when somebody looks.
     if isinstance(entry, Tensor):
         return entry.flatten() != 0
@@ -174,50 +159,24 @@ def _as_mask(entry: object) -> Tensor:
     return torch.ones(value, dtype=torch.bool, device=device)
 
 
-def why_none_is_called(model: nn.Module) -> str:
-    """What to do with a model whose forward calls no DropPath, as the end of an error."""
-    why = "no DropPath is called in its forward"
-    if there := sum(isinstance(m, DropPath) for m in model.modules()):
-        return f"{why}, though it has {there}: use another model"
-    return f"{why}: create it with drop_path_rate=0.1, or use a model that has stochastic depth"
-
-
-def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
-    """The model's DropPaths by name.
-
-    Raises:
-        ValueError: one of them cannot be patched, or is patched already.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "the model is a torch.jit.ScriptModule, which cannot be patched: pass the original"
-        )
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
+def patch(
+    modules: Mapping[str, DropPath], calls_per_forward: Mapping[str, int], owner: object
+) -> dict[str, MaskedDropPath]:
+    """Turn DropPaths, in place, into MaskedDropPaths of this controller."""
+    patched = {}
     for name, module in modules.items():
-        if isinstance(module, MaskedDropPath):
-            if module._owner is not None and module._owner() is not None:
-                raise ValueError(
-                    "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
-                    "that first"
-                )
-        elif type(module) is not DropPath:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not timm's own DropPath, and cannot be "
-                "patched: use timm.layers.DropPath there"
-            )
-    return modules
+        module.__class__ = MaskedDropPath
+        assert isinstance(module, MaskedDropPath)
+        module._calls = calls_per_forward.get(name, 1)
+        module._owner = weakref.ref(owner)
+        module._batch, module._kept = {}, {}
+        patched[name] = module
+    return patched
 
 
-def patch(module: DropPath, calls: int, owner: object) -> None:
-    """Turn a DropPath, in place, into a MaskedDropPath that is called `calls` times per forward."""
-    module.__class__ = MaskedDropPath
-    module._calls = calls
-    module._owner = owner
-    module._kept = {}
-
-
-def unpatch(module: MaskedDropPath) -> None:
-    """Give a patched module its class back and remove everything that patching added."""
-    module.__class__ = DropPath
-    for name in _ADDED:
-        module.__dict__.pop(name, None)
+def unpatch(modules: Mapping[str, MaskedDropPath]) -> None:
+    """Give patched modules their class back and remove everything that patching added."""
+    for module in modules.values():
+        setattr(module, "__class__", DropPath)  # noqa: B010
+        for name in _ADDED:
+            vars(module).pop(name, None)

@@ -1,20 +1,21 @@
 """Puts a model into the state that an iteration needs, and back."""
 
-import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
-from timm_rdp.core.drop_path import Decision, DropPath, patch, unpatch
+from timm_rdp.core.drop_path import Decision, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import OneSample, Rest
+from timm_rdp.core.skip import Hook, SkippingDropPath, keep_in_eval, pass_on_one_sample
 
 
-class Switch:
+class ModelPatch:
     """Everything that ResidualDropPath changes in a model, and how it is taken back.
 
     An eager model is told what to drop by plain numbers and what to train by `requires_grad`. A
@@ -23,34 +24,31 @@ class Switch:
 
     Args:
         model: the model, not wrapped.
-        modules: its DropPaths by name.
+        drop_paths: its DropPaths by name.
         graph: what tracing it gave.
         owner: the controller, to which the patched modules keep a weak reference.
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, DropPath], graph: PathGraph, owner: object
+        self, model: nn.Module, drop_paths: dict[str, DropPath], graph: PathGraph, owner: object
     ):
         self.parameters = dict(model.named_parameters())
         self.compiled = False
         self._model = model
-        self._drop_paths = modules
         self._graph = graph
+        self._paths = {p.name: p for p in graph.paths}
         self._modules = dict(model.named_modules())
-        self._calls = {m: graph.calls_per_forward.get(n, 1) for n, m in modules.items()}
+        self._drop_paths = patch(drop_paths, graph.calls_per_forward, owner)
         self._reducer: GradientReducer | None = None
-        self._weights: Tensor | None = None
+        self._weights = torch.ones(0)  # the decisions, as compiled code reads them
         self._hooks: list[Any] = []
         self._trainable: frozenset[str] | None = None
+        # What turn_off() sets back.
         self._frozen: list[nn.Parameter] = []
-        self._resting: list[nn.Module] = []
-        self._saved: list[tuple[Tensor, Tensor]] = []
-        self._added: list[Any] = []  # hooks of this iteration
-        self._paths = {p.name: p for p in graph.paths}
-        self._count = _CountCalls(modules)
-        self.skip = True  # whether dropped paths are not run, where that can be done
-        for module, calls in self._calls.items():
-            patch(module, calls, weakref.ref(owner))
+        self._kept_in_eval: list[nn.Module] = []
+        self._saved_buffers: list[tuple[Tensor, Tensor]] = []
+        self._iteration_hooks: list[Any] = []
+        self._called_otherwise: str | None = None  # see not_as_traced()
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
@@ -82,7 +80,7 @@ class Switch:
 
     def turn_on(
         self,
-        decisions: Mapping[tuple[DropPath, int], Decision],
+        decisions: Mapping[tuple[DropPath, int], float],
         trainable: frozenset[str],
         dropped: frozenset[str],
     ) -> None:
@@ -94,16 +92,13 @@ class Switch:
             dropped: names of the paths that are dropped.
         """
         self._decide(decisions)
-        self._rest(dropped)
+        self._keep_buffers(dropped)
         if not self.compiled:
-            for name in dropped:
-                path = self._paths[name]
-                hook = OneSample(path.module, path.call, run=not self.skip)
-                for entrance in path.entrances:
-                    self._added.append(self._modules[entrance].register_forward_pre_hook(hook))
-            self._count.odd = None
-            self._added.append(self._model.register_forward_pre_hook(self._count.begin))
-            self._added.append(self._model.register_forward_hook(self._count.end))
+            self._skip(dropped)
+            self._called_otherwise = None
+            self._hook_forward(self._model, self._begin_forward)
+            end = self._model.register_forward_hook(Hook(self._end_forward))
+            self._iteration_hooks.append(end)
         self._trainable = trainable
         for name, parameter in self.parameters.items():
             if name not in trainable:
@@ -119,24 +114,25 @@ class Switch:
         """Set everything back, whatever happened since `turn_on`."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        for module in self._resting:
+        for module in self._kept_in_eval:
             module.training = self._model.training  # whatever mode the model is in by now
-        for buffer, value in self._saved:
+        for buffer, value in self._saved_buffers:
             buffer.copy_(value)
-        for hook in self._added:
+        for hook in self._iteration_hooks:
             hook.remove()
-        self._frozen, self._resting, self._saved, self._added = [], [], [], []
+        self._frozen, self._kept_in_eval = [], []
+        self._saved_buffers, self._iteration_hooks = [], []
         self._trainable = None
-        for module in self._calls:
+        for module in self._drop_paths.values():
             module.decide(None)
         if self._reducer is not None:
             self._reducer.end()
 
-    def miscalled(self) -> str | None:
-        """A DropPath that was not called as often per forward as when the model was traced."""
+    def not_as_traced(self) -> str | None:
+        """Says which DropPath was not called as often per forward as when the model was traced."""
         # The last forward may have been no call of the model, but of its forward_features(), say.
         odd = (n for n, m in self._drop_paths.items() if m._call % m._calls)
-        name = self._count.odd or next(odd, None)
+        name = self._called_otherwise or next(odd, None)
         if name is None:
             return None
         calls = self._drop_paths[name]._calls
@@ -148,59 +144,52 @@ class Switch:
             hook.remove()
         if self._reducer is not None:
             self._reducer.remove()
-        for module in self._drop_paths.values():
-            unpatch(module)
+        unpatch(self._drop_paths)
 
-    def _decide(self, decisions: Mapping[tuple[DropPath, int], Decision]) -> None:
-        weights: list[Tensor] | None = None
+    def _hook_forward(self, module: nn.Module, function: Any) -> None:
+        self._iteration_hooks.append(module.register_forward_pre_hook(Hook(function)))
+
+    def _decide(self, decisions: Mapping[tuple[DropPath, int], float]) -> None:
+        weights: dict[tuple[DropPath, int], Tensor] | None = None
         if self.compiled:
-            values = [1.0 if d is None else d for d in decisions.values()]
             device = next(iter(self.parameters.values())).device
-            if self._weights is None or self._weights.device != device:
-                self._weights = torch.ones(len(values), device=device)
+            if len(self._weights) != len(decisions) or self._weights.device != device:
+                self._weights = torch.ones(len(decisions), device=device)
                 self._views = self._weights.unbind()
-            self._weights.copy_(torch.tensor(values), non_blocking=True)
+            self._weights.copy_(torch.tensor([*decisions.values()]), non_blocking=True)
             weights = dict(zip(decisions, self._views, strict=True))
-        for module, calls in self._calls.items():
-            keys = [(module, call) for call in range(calls)]
-            module.decide(
-                [decisions.get(key) for key in keys],
-                None if weights is None else [weights.get(key) for key in keys],
-            )
+        for module in self._drop_paths.values():
+            keys = [(module, call) for call in range(module._calls)]
+            told: list[Decision] = [decisions.get(key) for key in keys]
+            module.decide(told, None if weights is None else [weights.get(key) for key in keys])
 
-    def _rest(self, dropped: frozenset[str]) -> None:
+    def _skip(self, dropped: frozenset[str]) -> None:
+        """Hand one sample to what is dropped, where that can be done."""
+        for name in dropped:
+            path = self._paths[name]
+            assert isinstance(path.module, SkippingDropPath)
+            hook = partial(pass_on_one_sample, path.module, path.call)
+            for entrance in path.entrances:
+                self._hook_forward(self._modules[entrance], hook)
+
+    def _keep_buffers(self, dropped: frozenset[str]) -> None:
         """Leave the buffers of what is dropped (BatchNorm statistics) as they are."""
         for name in self._graph.dropped_buffers(dropped):
             module = self._modules[name]
             if not module.training:
                 continue
             if self.compiled:
-                self._saved += [(b, b.clone()) for b in module.buffers(recurse=False)]
+                self._saved_buffers += [(b, b.clone()) for b in module.buffers(recurse=False)]
             else:
-                self._resting.append(module)
-                self._added.append(module.register_forward_pre_hook(Rest()))
+                self._kept_in_eval.append(module)
+                self._hook_forward(module, keep_in_eval)
 
-
-class _CountCalls:
-    """Hooks that compare how often a forward calls each DropPath with what was traced.
-
-    Args:
-        drop_paths: by name; none in a copy of the model, where the hooks do nothing.
-    """
-
-    def __init__(self, drop_paths: Mapping[str, DropPath] | None = None):
-        self._drop_paths = drop_paths or {}
-        self.odd: str | None = None  # name of one that was called more often, or fewer but some
-
-    def begin(self, *_: object) -> None:
+    def _begin_forward(self, *_: object) -> None:
         for module in self._drop_paths.values():
-            module.__dict__["_call"] = 0
+            vars(module)["_call"] = 0
 
-    def end(self, *_: object) -> None:
+    def _end_forward(self, *_: object) -> None:
         for name, module in self._drop_paths.items():
             if module._call not in (0, module._calls):
-                self.odd = name
+                self._called_otherwise = name
                 return
-
-    def __reduce__(self) -> tuple:
-        return (_CountCalls, ())

@@ -3,7 +3,6 @@
 The method is that of Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,54 +10,22 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core.checks import (
+    check_droppable,
+    check_state,
+    find_drop_paths,
+    unwrap,
+    whole_number,
+)
 from timm_rdp.core.ddp import check_same_on_all_ranks
-from timm_rdp.core.drop_path import find_drop_paths, why_none_is_called
+from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
-from timm_rdp.core.model_patch import Switch
-from timm_rdp.core.paths import Path, trace_paths
+from timm_rdp.core.model_patch import ModelPatch
+from timm_rdp.core.paths import Path
+from timm_rdp.core.skip import Hook
+from timm_rdp.core.trace import trace_paths
 
-DROPPATH = "droppath"
-COMPLEMENT = "complement"
-
-
-class Iteration:
-    """One training iteration, to be entered with `with`; made by ResidualDropPath.
-
-    Within it the model's DropPaths and `requires_grad` flags are set for its phase. Leaving it by
-    an exception restores everything and does not count: the same iteration comes next.
-
-    Attributes:
-        phase: "droppath" or "complement".
-        cycle: cycle number, from 0.
-        dropped: names of the paths that are dropped in the droppath iteration of this cycle.
-        trainable: names of the parameters that this iteration trains.
-    """
-
-    def __init__(
-        self,
-        rdp: "ResidualDropPath",
-        phase: str,
-        cycle: int,
-        dropped: frozenset[str],
-        trainable: frozenset[str],
-    ):
-        self._rdp = rdp
-        self.phase = phase
-        self.cycle = cycle
-        self.dropped = dropped
-        self.trainable = trainable
-        self._entered = False  # with `with`, which then ends it, whatever is attached
-
-    def __enter__(self) -> "Iteration":
-        self._entered = True
-        self._rdp._enter(self)
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._rdp._leave(completed=error is None)
-
-    def __repr__(self) -> str:
-        return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"
+__all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
 
 
 class ResidualDropPath:
@@ -93,26 +60,16 @@ class ResidualDropPath:
     """
 
     def __init__(self, model: nn.Module, seed: int = 0, every: int = 1, example_input: Any = None):
-        for argument, value in (("seed", seed), ("every", every)):
-            if not hasattr(value, "__index__"):
-                raise ValueError(f"{argument}={value!r} must be a whole number")
-        if operator.index(every) < 1:
+        self.seed = whole_number("seed", seed)
+        self.every = whole_number("every", every)
+        if self.every < 1:
             raise ValueError(f"every={every} must be 1 or more")
-        wrapper, self.model = model, _unwrap(model)
-        modules = find_drop_paths(self.model)
-        self.seed = operator.index(seed)
-        self.every = operator.index(every)
+        self.model = unwrap(model)
+        drop_paths = find_drop_paths(self.model)
         self._graph = trace_paths(self.model, example_input)
+        check_droppable(self.model, self._graph)
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
-        _check_droppable(self.model, self.paths, self.non_residual)
-        if not self.dropped_part(p.name for p in self.paths):
-            raise ValueError(
-                f"{type(self.model).__name__} has no residual path that can be dropped: none of "
-                f"its {len(self.paths)} paths carries a parameter (without {self.paths[0].name} "
-                "all still reach the output), so that no complement iteration would train "
-                "anything: use another one"
-            )
 
         self.masks: dict[str, bool] = {}
         self._cycle = 0
@@ -120,14 +77,15 @@ class ResidualDropPath:
         self._dropped: frozenset[str] = frozenset()
         self._active: Iteration | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: list[Any] = []
+        self._hooks: list[Any] = []  # those of attach()
         self._outermost = self.model
-        self._switch: Switch | None = Switch(self.model, modules, self._graph, self)
-        self._parameters = self._switch.parameters
+        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
+        self._detached = False
+        self._parameters = self._patch.parameters
         if any(m._compiled_call_impl is not None for m in self.model.modules()):
-            self._switch.follow_compile()
-        if wrapper is not self.model:
-            self.follow(wrapper)
+            self._patch.follow_compile()
+        if model is not self.model:
+            self.follow(model)
 
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
         """Take account of a wrapper put around the model after it was patched; returns self.
@@ -140,20 +98,21 @@ class ResidualDropPath:
                 determines the masks.
         """
         self._check_in_use()
-        if _unwrap(wrapper) is not self.model:
+        if unwrap(wrapper) is not self.model:
             raise ValueError(
                 f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
                 "what torch.compile or DistributedDataParallel made of it"
             )
         self._outermost = wrapper
-        while wrapper is not self.model:
-            if isinstance(wrapper, DistributedDataParallel):
-                check_same_on_all_ranks(wrapper, self.state_dict())
-                self._switch.follow_ddp(wrapper)
-                wrapper = wrapper.module
+        inside: Any = wrapper
+        while inside is not self.model:
+            if isinstance(inside, DistributedDataParallel):
+                check_same_on_all_ranks(inside, self.state_dict())
+                self._patch.follow_ddp(inside)
+                inside = inside.module
             else:
-                self._switch.follow_compile()
-                wrapper = wrapper._orig_mod
+                self._patch.follow_compile()
+                inside = inside._orig_mod
         if self._optimizer is not None:
             self._hook_loop(self._optimizer)
         return self
@@ -183,18 +142,17 @@ class ResidualDropPath:
         return it
 
     def _next(self) -> Iteration:
+        dropped = self._dropped
         if self._phase == DROPPATH:
             kept = sample_masks(self.seed, self._cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-            carried = self.dropped_part(dropped)
-            trainable = [
-                n for n, p in self._parameters.items() if p.requires_grad and n not in carried
-            ]
-        else:
-            dropped = self._dropped
-            carried = self.dropped_part(dropped)
-            trainable = [n for n in carried if self._parameters[n].requires_grad]
-        return Iteration(self, self._phase, self._cycle, dropped, frozenset(trainable))
+        carried = self.dropped_part(dropped)
+        trainable = frozenset(
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
+        )
+        return Iteration(self._enter, self._leave, self._phase, self._cycle, dropped, trainable)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -208,7 +166,7 @@ class ResidualDropPath:
             if it.cycle != cycle:
                 return
             yield it
-            if not it._entered:
+            if not it._entered_by_user:
                 raise RuntimeError(f"{it} was not entered: run it within `with it:`")
 
     def detach(self) -> nn.Module:
@@ -217,16 +175,16 @@ class ResidualDropPath:
         Raises:
             RuntimeError: called within an iteration.
         """
-        if self._switch is None:
+        if self._detached:
             return self.model
         if self._active is not None:
-            if self._active._entered:
+            if self._active._entered_by_user:
                 raise RuntimeError("detach() within an iteration: leave its `with` block first")
             self._leave(completed=False)
         for hook in self._hooks:
             hook.remove()
-        self._switch.remove()
-        self._switch, self._hooks, self._optimizer = None, [], None
+        self._patch.remove()
+        self._detached, self._hooks, self._optimizer = True, [], None
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,24 +210,7 @@ class ResidualDropPath:
             raise RuntimeError(
                 "load_state_dict() within an iteration: leave its `with` block first"
             )
-        if not isinstance(state, Mapping):
-            raise ValueError(f"not the state of a ResidualDropPath: a {type(state).__name__}")
-        missing = sorted(set(self.state_dict()) - set(state))
-        if missing:
-            raise ValueError(f"not the state of a ResidualDropPath: it has no {missing[0]!r}")
-        own = [p.name for p in self.paths]
-        if list(state["paths"]) != own:
-            odd = sorted(set(state["paths"]) ^ set(own)) or own
-            raise ValueError(
-                f"the state is of a model with {len(state['paths'])} residual paths, this one has "
-                f"{len(own)} (the first that differs: {odd[0]}): create the model as it was then"
-            )
-        if state["phase"] not in (DROPPATH, COMPLEMENT):
-            raise ValueError(
-                f"the state's phase is {state['phase']!r}: it must be {DROPPATH} or {COMPLEMENT}"
-            )
-        if unknown := sorted(set(state["dropped"]) - set(own)):
-            raise ValueError(f"the state drops {unknown[0]!r}, which is no path of this model")
+        check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
         self.seed, self.every = state["seed"], state["every"]
         self._cycle, self._phase = state["cycle"], state["phase"]
         self._dropped = frozenset(state["dropped"])
@@ -304,18 +245,22 @@ class ResidualDropPath:
         # timm's Lookahead, whose step runs no hooks, steps the optimizer that it wraps.
         optimizer = getattr(optimizer, "_base_optimizer", optimizer)
         self._hooks = [
-            self._outermost.register_forward_pre_hook(_BeginIteration(self), prepend=True),
+            self._outermost.register_forward_pre_hook(Hook(self._begin_iteration), prepend=True),
             optimizer.register_step_post_hook(self._end_iteration),
         ]
 
+    def _begin_iteration(self, module: nn.Module, _: Any) -> None:
+        if self._active is None and module.training and torch.is_grad_enabled():
+            self._enter(self.iteration())
+
     def _end_iteration(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._active is not None and not self._active._entered:
+        if self._active is not None and not self._active._entered_by_user:
             # A fused optimizer under GradScaler skips an overflow within its step.
             overflow = getattr(optimizer, "found_inf", None)
             self._leave(completed=overflow is None or not overflow.item())
 
     def _check_in_use(self) -> None:
-        if self._switch is None:
+        if self._detached:
             raise RuntimeError("this ResidualDropPath was detached from its model: make a new one")
 
     def _enter(self, it: Iteration) -> None:
@@ -328,17 +273,18 @@ class ResidualDropPath:
         it.trainable = frozenset(n for n in it.trainable if self._parameters[n].requires_grad)
         self._begin(it)
         not_run = it.dropped if it.phase == DROPPATH else frozenset()
-        decisions = {(p.module, p.call): _decision(p, it) for p in self.paths}
+        decisions = {(p.module, p.call): it.decision(p) for p in self.paths}
         self._active = it
-        self._switch.turn_on(decisions, it.trainable, not_run)
+        self._patch.turn_on(decisions, it.trainable, not_run)
 
     def _leave(self, completed: bool) -> None:
         it, self._active = self._active, None
-        miscalled = self._switch.miscalled() if completed else None
-        self._switch.turn_off()
-        if miscalled:
+        assert it is not None
+        not_as_traced = self._patch.not_as_traced() if completed else None
+        self._patch.turn_off()
+        if not_as_traced:
             raise RuntimeError(
-                f"{miscalled}, as it was when the model was traced: pass an example_input like "
+                f"{not_as_traced}, as it was when the model was traced: pass an example_input like "
                 "those that it is trained on"
             )
         if completed:
@@ -356,60 +302,3 @@ class ResidualDropPath:
                 self._phase = COMPLEMENT
                 return
         self._cycle, self._phase = it.cycle + 1, DROPPATH
-
-
-def _decision(path: Path, it: Iteration) -> float:
-    """What the path's DropPath does in this iteration (see drop_path.Decision)."""
-    if it.phase == COMPLEMENT:
-        return 1.0
-    if path.name in it.dropped:
-        return 0.0
-    return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
-
-
-class _BeginIteration:
-    """Forward pre-hook of an attached model; a copy of the model gets one that does nothing."""
-
-    def __init__(self, rdp: ResidualDropPath | None = None):
-        self._rdp = rdp
-
-    def __call__(self, module: nn.Module, _: Any) -> None:
-        rdp = self._rdp
-        if rdp is not None and rdp._active is None and module.training and torch.is_grad_enabled():
-            rdp._enter(rdp.iteration())
-
-    def __reduce__(self) -> tuple:
-        return (_BeginIteration, ())
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch.nn.DataParallel):
-            raise ValueError(
-                "the model is wrapped in DataParallel: use DistributedDataParallel, or pass the "
-                "module inside, model.module"
-            )
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def _check_droppable(
-    model: nn.Module, paths: tuple[Path, ...], non_residual: tuple[Path, ...]
-) -> None:
-    if any(path.drop_prob > 0 for path in paths):
-        return
-    if paths:
-        why = f"all of its {len(paths)} paths have drop_prob 0: create it with drop_path_rate=0.1"
-    elif non_residual:
-        why = (
-            f"none of its {len(non_residual)} DropPaths is around a residual (dropping "
-            f"{non_residual[0].name} for a whole batch would silence the network): use another one"
-        )
-    else:
-        why = why_none_is_called(model)
-    raise ValueError(f"{type(model).__name__} has no residual path that can be dropped: {why}")

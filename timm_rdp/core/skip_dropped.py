@@ -1,14 +1,16 @@
 """timm's own per-sample stochastic depth, without computing what it drops."""
 
 import logging
-import weakref
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from timm_rdp.core.drop_path import find_drop_paths, patch, unpatch, why_none_is_called
-from timm_rdp.core.paths import PathGraph, trace_paths
-from timm_rdp.core.skip import KeptSamples
+from timm_rdp.core.checks import find_drop_paths, why_none_is_called
+from timm_rdp.core.drop_path import patch, unpatch
+from timm_rdp.core.paths import PathGraph
+from timm_rdp.core.skip import Hook, SkippingDropPath, pass_on_kept_samples
+from timm_rdp.core.trace import trace_paths
 
 _logger = logging.getLogger(__name__)
 
@@ -30,16 +32,15 @@ class SkipDropped:
             )
         self.model = model
         self.computed: dict[str, str] = {}
-        self._drop_paths = drop_paths
         self._hooks: list[Any] = []
-        for name, module in drop_paths.items():
-            patch(module, graph.calls_per_forward.get(name, 1), weakref.ref(self))
+        self._drop_paths = patch(drop_paths, graph.calls_per_forward, self)
         modules = dict(model.named_modules())
         for path in graph.paths:
             if reason := _why_not(graph, path.name, path.entrances, modules):
                 self.computed[path.name] = reason
                 continue
-            hook = KeptSamples(path.module, path.call)
+            assert isinstance(path.module, SkippingDropPath)
+            hook = Hook(partial(pass_on_kept_samples, path.module, path.call))
             self._hooks += [modules[n].register_forward_pre_hook(hook) for n in path.entrances]
         self.skipped = tuple(p.name for p in graph.paths if p.name not in self.computed)
 
@@ -47,8 +48,7 @@ class SkipDropped:
         """Give the model its original classes back, remove every hook, and return it."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._drop_paths.values():
-            unpatch(module)
+        unpatch(self._drop_paths)
         self._hooks, self._drop_paths = [], {}
         return self.model
 

@@ -1,0 +1,117 @@
+"""What a controller is made of, checked at the door."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_rdp.core.drop_path import MaskedDropPath
+from timm_rdp.core.paths import PathGraph
+
+
+def whole_number(argument: str, value: Any) -> int:
+    """The value of an argument, as an int; ValueError if it is no whole number."""
+    if not hasattr(value, "__index__"):
+        raise ValueError(f"{argument}={value!r} must be a whole number")
+    return operator.index(value)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile; ValueError for DataParallel."""
+    while True:
+        if isinstance(model, torch.nn.DataParallel):
+            raise ValueError(
+                "the model is wrapped in DataParallel: use DistributedDataParallel, or pass the "
+                "module inside, model.module"
+            )
+        inside = model.module if isinstance(model, DistributedDataParallel) else None
+        inside = getattr(model, "_orig_mod", inside)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
+    """The model's DropPaths by name.
+
+    Raises:
+        ValueError: one of them cannot be patched, or is patched already.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "the model is a torch.jit.ScriptModule, which cannot be patched: pass the original"
+        )
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
+    for name, module in modules.items():
+        if isinstance(module, MaskedDropPath):
+            if module._owner is not None and module._owner() is not None:
+                raise ValueError(
+                    "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
+                    "that first"
+                )
+        elif type(module) is not DropPath:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, not timm's own DropPath, and cannot be "
+                "patched: use timm.layers.DropPath there"
+            )
+    return modules
+
+
+def why_none_is_called(model: nn.Module) -> str:
+    """What to do with a model whose forward calls no DropPath, as the end of an error."""
+    why = "no DropPath is called in its forward"
+    if there := sum(isinstance(m, DropPath) for m in model.modules()):
+        return f"{why}, though it has {there}: use another model"
+    return f"{why}: create it with drop_path_rate=0.1, or use a model that has stochastic depth"
+
+
+def check_droppable(model: nn.Module, graph: PathGraph) -> None:
+    """Check that there is something to drop, and something to train where it was dropped.
+
+    Raises:
+        ValueError: the model has no residual path that can be dropped or none with a parameter.
+    """
+    paths = [p for p in graph.paths if p.residual]
+    if not graph.paths:
+        why = why_none_is_called(model)
+    elif not paths:
+        why = (
+            f"none of its {len(graph.paths)} DropPaths is around a residual (dropping "
+            f"{graph.paths[0].name} for a whole batch would silence the network): use another one"
+        )
+    elif not any(path.drop_prob > 0 for path in paths):
+        why = f"all of its {len(paths)} paths have drop_prob 0: create it with drop_path_rate=0.1"
+    elif not graph.dropped_part(p.name for p in paths):
+        why = (
+            f"none of its {len(paths)} paths carries a parameter (without {paths[0].name} all "
+            "still reach the output), so that no complement iteration would train anything: use "
+            "another one"
+        )
+    else:
+        return
+    raise ValueError(f"{type(model).__name__} has no residual path that can be dropped: {why}")
+
+
+def check_state(state: Any, expected: Mapping[str, Any], phases: Iterable[str]) -> None:
+    """Check that a controller whose own state is `expected` can load `state`; ValueError if not."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"not the state of a ResidualDropPath: a {type(state).__name__}")
+    if missing := sorted(set(expected) - set(state)):
+        raise ValueError(f"not the state of a ResidualDropPath: it has no {missing[0]!r}")
+    own = expected["paths"]
+    if list(state["paths"]) != own:
+        odd = sorted(set(state["paths"]) ^ set(own)) or own
+        raise ValueError(
+            f"the state is of a model with {len(state['paths'])} residual paths, this one has "
+            f"{len(own)} (the first that differs: {odd[0]}): create the model as it was then"
+        )
+    if state["phase"] not in phases:
+        raise ValueError(
+            f"the state's phase is {state['phase']!r}: it must be {' or '.join(phases)}"
+        )
+    if unknown := sorted(set(state["dropped"]) - set(own)):
+        raise ValueError(f"the state drops {unknown[0]!r}, which is no path of this model")

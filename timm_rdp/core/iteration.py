@@ -1,0 +1,58 @@
+"""One iteration of the method: what it drops and what it trains."""
+
+from collections.abc import Callable
+
+from timm_rdp.core.paths import Path
+
+DROPPATH = "droppath"
+COMPLEMENT = "complement"
+
+
+class Iteration:
+    """One training iteration, to be entered with `with`; made by ResidualDropPath.
+
+    Within it the model's DropPaths and `requires_grad` flags are set for its phase. Leaving it by
+    an exception restores everything and does not count: the same iteration comes next.
+
+    Attributes:
+        phase: "droppath" or "complement".
+        cycle: cycle number, from 0.
+        dropped: names of the paths that are dropped in the droppath iteration of this cycle.
+        trainable: names of the parameters that this iteration trains.
+    """
+
+    def __init__(
+        self,
+        enter: Callable[["Iteration"], None],
+        leave: Callable[[bool], None],
+        phase: str,
+        cycle: int,
+        dropped: frozenset[str],
+        trainable: frozenset[str],
+    ):
+        self._enter = enter
+        self._leave = leave
+        self.phase = phase
+        self.cycle = cycle
+        self.dropped = dropped
+        self.trainable = trainable
+        self._entered_by_user = False  # by `with`, not by the hooks of attach()
+
+    def __enter__(self) -> "Iteration":
+        self._entered_by_user = True
+        self._enter(self)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._leave(error is None)
+
+    def __repr__(self) -> str:
+        return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"
+
+    def decision(self, path: Path) -> float:
+        """What the path's DropPath does in this iteration (see drop_path.Decision)."""
+        if self.phase == COMPLEMENT:
+            return 1.0
+        if path.name in self.dropped:
+            return 0.0
+        return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
