@@ -32,11 +32,11 @@ from timm_rdp.training.checkpoint import (
     restore_history,
     resume,
 )
+from timm_rdp.training.checks import check_limits, check_tta
 from timm_rdp.training.data import check_data, close_data, create_data
 from timm_rdp.training.evaluate import evaluate
 from timm_rdp.training.example import example_input
 from timm_rdp.training.interrupt import Interruption, Stopped
-from timm_rdp.training.limits import check_limits, check_tta
 from timm_rdp.training.loop import (
     Run,
     check_weights,

@@ -1,0 +1,68 @@
+"""argparse, with complaints in one line, and the numbers that flags take."""
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable
+from typing import NoReturn
+
+from timm.utils import ParseKwargs
+
+from timm_rdp.errors import UsageError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError where argparse would print its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [f for action in self._actions for f in action.option_strings]
+            close = nearest(unknown.split(" ")[0].split("=")[0], flags)
+            raise UsageError(f"unknown flag or argument: {unknown!r}{close or ' (see --help)'}")
+        raise UsageError(message.removeprefix("argument ").replace(": ", " ", 1) + " (see --help)")
+
+
+class KeyValues(ParseKwargs):
+    """timm's key=value ... arguments, with a complaint where a value is no such pair."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except Exception:
+            message = f"takes key=value ..., got {' '.join(values)!r}"
+            raise argparse.ArgumentError(self, message) from None
+
+
+def number(
+    kind: type[int] | type[float], rule: str = "", holds: Callable[[float], bool] = lambda x: True
+) -> Callable[[str], float]:
+    """Return a `type=` of argparse for finite numbers.
+
+    Args:
+        kind: int or float.
+        rule: what a number must be besides, in words.
+        holds: says whether a number is that.
+    """
+    what = f"a {'whole ' if kind is int else ''}number {rule}".strip()
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (-math.inf < value < math.inf and holds(value)):
+            raise argparse.ArgumentTypeError(f"{shlex.quote(text)} must be {what}")
+        return value
+
+    return convert
+
+
+INT, FLOAT = number(int), number(float)
+COUNT = number(int, "of at least 1", lambda x: x >= 1)
+INDEX = number(int, "of at least 0", lambda x: x >= 0)
+SEED = number(int, "between 0 and 4294967295", lambda x: 0 <= x < 2**32)
+AMOUNT = number(float, "of at least 0", lambda x: x >= 0)
+POSITIVE = number(float, "above 0", lambda x: x > 0)
+SHARE = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
+RATE = number(float, "of at least 0 and below 1", lambda x: 0 <= x < 1)
