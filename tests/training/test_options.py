@@ -140,9 +140,9 @@ def test_config_values_become_what_the_flag_would_give(tmp_path, text, name, val
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "empty mapping"),
-        ("- a\n- b\n", "list mapping"),
-        ("just words", "str mapping"),
+        ("", "mapping None"),
+        ("- a\n- b\n", "mapping ['a',"),
+        ("just words", "mapping 'just words'"),
         ("lr: [1\n", "not valid YAML line 2"),
         ("lr: 0.1\nlr: 0.2\n", "'lr' twice line 2"),
         ("drop_path: 0.1\ndrop-path: 0.2\n", "drop_path twice"),

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -75,43 +74,32 @@ def check_limits(args: argparse.Namespace) -> None:
     for one, other in EXCLUSIVE:
         if getattr(args, one) and getattr(args, other):
             raise UsageError(f"{flag(one)} cannot be combined with {flag(other)}; leave one out")
+    distributed = timm.utils.distributed.is_distributed_env()
+    low_dtype = args.model_dtype not in (None, "float32")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixes_half = mixes and args.mixup_mode == "half"
     sizes = "train_batch_sizes" if args.train_batch_sizes else "batch_size"
-    wrong = {
-        f"--rdp-every {args.rdp_every} must be at least 1": args.rdp_every < 1,
-        f"--rdp-start-epoch {args.rdp_start_epoch} must be at least 0": args.rdp_start_epoch < 0,
-        "--rdp --drop-path 0 drops nothing; give a rate above 0, such as 0.1": args.rdp
-        and args.drop_path == 0,
-        f"--drop-connect {args.drop_connect} has no effect in timm any more; give --drop-path": (
-            args.drop_connect is not None
-        ),
-        "--amp needs float32 weights: leave --model-dtype out, or --amp": args.amp
-        and args.model_dtype not in (None, "float32"),
-        "--sched plateau works by epochs: leave --sched-on-updates out": args.sched == "plateau"
-        and args.sched_on_updates,
-        f"--aug-repeats {args.aug_repeats:g} needs distributed training; leave it out": (
-            args.aug_repeats and not timm.utils.distributed.is_distributed_env()
-        ),
-        "--aug-splits 1 splits nothing; give 0, or 2 and more": args.aug_splits == 1,
-        "--split-bn needs --aug-splits 2 or more, or --resplit": args.split_bn
-        and not (args.aug_splits or args.resplit),
-        "--jsd-loss compares classes, which mixup and cutmix mix; leave one out": mixes
-        and args.jsd_loss,
-        f"--aug-splits {args.aug_splits} needs --no-prefetcher with mixup or cutmix": mixes
-        and args.aug_splits
-        and not args.no_prefetcher,
-        f"{_shown(args, sizes)} must be even with mixup or cutmix": mixes
-        and not args.naflex_loader
-        and any(size % 2 for size in args.train_batch_sizes or [args.batch_size]),
-        "--mixup-mode half needs the prefetcher: leave --no-prefetcher out": mixes
-        and args.mixup_mode == "half"
-        and args.no_prefetcher,
-        "--log-wandb needs wandb, which is not installed: pip install wandb": args.log_wandb
-        and importlib.util.find_spec("wandb") is None,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise UsageError(message)
+    is_odd = any(size % 2 for size in args.train_batch_sizes or [args.batch_size])
+    no_wandb = importlib.util.find_spec("wandb") is None
+    for name, is_wrong, why in (
+        ("rdp_every", args.rdp_every < 1, "must be at least 1"),
+        ("rdp_start_epoch", args.rdp_start_epoch < 0, "must be at least 0"),
+        ("drop_path", args.rdp and args.drop_path == 0, "drops nothing with --rdp; try 0.1"),
+        ("drop_connect", args.drop_connect is not None, "has no effect; give --drop-path"),
+        ("amp", args.amp and low_dtype, "needs float32 weights; leave --model-dtype out"),
+        ("sched_on_updates", args.sched == "plateau", "cannot be used with --sched plateau"),
+        ("aug_repeats", not distributed, "needs distributed training; leave it out"),
+        ("aug_splits", args.aug_splits == 1, "splits nothing; give 0, or 2 and more"),
+        ("split_bn", not (args.aug_splits or args.resplit), "needs --aug-splits, or --resplit"),
+        ("jsd_loss", mixes, "compares classes, which mixup and cutmix mix; leave one out"),
+        ("aug_splits", mixes and not args.no_prefetcher, "needs --no-prefetcher with mixup"),
+        ("no_prefetcher", mixes_half, "cannot be used with --mixup-mode half"),
+        (sizes, mixes and is_odd and not args.naflex_loader, "must be even with mixup or cutmix"),
+        ("log_wandb", no_wandb, "needs wandb: pip install wandb"),
+    ):
+        # Elsewhere a 0 is off.
+        if is_wrong and (getattr(args, name) or name in ("rdp_every", "drop_path", "drop_connect")):
+            raise UsageError(f"{_shown(args, name)} {why}")
 
 
 def check_tta(args: argparse.Namespace, data: Data) -> None:
@@ -138,11 +126,9 @@ def _check_names(args: argparse.Namespace) -> None:
         raise UsageError(f"--model {args.model}: timm has no such model{close}")
     with refused_with(f"--aa {args.aa}"):
         transforms_imagenet_train(auto_augment=args.aa)
-    if args.torchcompile:
-        known = torch.compiler.list_backends(exclude_tags=())
-        if args.torchcompile not in known:
-            close = nearest(args.torchcompile, known)
-            raise UsageError(f"--torchcompile {args.torchcompile}: torch has no such one{close}")
+    backend = args.torchcompile
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UsageError(f"--torchcompile {backend}: no such backend{nearest(backend, known)}")
 
 
 def _check_lists(args: argparse.Namespace) -> None:
@@ -163,6 +149,6 @@ def _check_lists(args: argparse.Namespace) -> None:
 
 def _shown(args: argparse.Namespace, name: str) -> str:
     """Return a flag and its value as on the command line."""
-    value: Any = getattr(args, name)
+    value = getattr(args, name)
     words = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join([flag(name), *map(str, words)])

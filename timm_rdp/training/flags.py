@@ -34,14 +34,9 @@ def build_parser() -> Parser:
         "Takes every flag of timm's own training script. Without data it trains on a small demo, "
         "handwritten digits.",
     )
-    parser.add_argument(
-        "-c",
-        "--config",
-        default="",
-        metavar="FILE",
-        help="YAML file of flags (names with underscores); the command line overrides it",
-    )
-    parser.add_argument("data", nargs="?", metavar="DIR", help="the same as --data-dir DIR")
+    add = parser.add_argument
+    add("-c", "--config", default="", metavar="FILE", help="YAML file of flags; flags override it")
+    add("data", nargs="?", metavar="DIR", help="the same as --data-dir DIR")
     add_rdp_args(parser)
     for title, add_flags in _GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
@@ -62,10 +57,8 @@ def flag(name: str) -> str:
 # fmt: off
 
 def _data(add: Callable) -> None:
-    add("--data-dir", metavar="DIR", help="folder with a training and a validation folder, each "
-        "of one folder of images per class (or a .tar of such)")
-    add("--dataset", default="", help="type/name of a data set that is not a plain folder: torch/, "
-        "tfds/, wds/, hfds/, hfids/")
+    add("--data-dir", metavar="DIR", help="folder of train and validation folders, or .tar of such")
+    add("--dataset", default="", help="torch/, tfds/, wds/, hfds/ or hfids/ and a data set's name")
     add("--train-split", default="train", help="split to train on")
     add("--val-split", default="validation", help="split to validate on; '' for none")
     add("--train-num-samples", type=COUNT, help="where the data set cannot tell")
@@ -75,8 +68,7 @@ def _data(add: Callable) -> None:
     add("--input-img-mode", help="PIL mode of images (default: RGB, or L for one channel)")
     add("--input-key", help="the data set's key of images")
     add("--target-key", help="the data set's key of labels")
-    add("--dataset-trust-remote-code", action="store_true",
-        help="let a Hugging Face data set run code of its own")
+    add("--dataset-trust-remote-code", action="store_true", help="let hfds/ data run its own code")
 
 
 def _model(add: Callable) -> None:
@@ -111,16 +103,14 @@ def _model(add: Callable) -> None:
     add("--head-init-bias", type=FLOAT, help="the classifier's initial bias")
     add("--torchcompile-mode", help="torch.compile mode")
     add("--torchscript", action="store_true", help="compile the model with torch.jit.script")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND",
-        help="compile with torch.compile (BACKEND default: inductor)")
+    add("--torchcompile", nargs="?", const="inductor", help="with this backend (default: inductor)")
 
 
 def _device(add: Callable) -> None:
     add("--device", help="cuda, mps, xpu, npu, cpu, ... (default: the best there is)")
     add("--amp", action="store_true", help="automatic mixed precision")
     add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="its dtype")
-    add("--model-dtype", choices=("float32", "float16", "bfloat16"),
-        help="dtype of weights without AMP (default: float32)")
+    add("--model-dtype", choices=("float32", "float16", "bfloat16"), help="dtype without AMP")
     add("--no-ddp-bb", action="store_true", help="distributed: buffers are not broadcast")
     add("--synchronize-step", action="store_true", help="wait for the device after each update")
     add("--local_rank", type=INT, default=0, help="set by old launchers; not used")
@@ -146,8 +136,7 @@ def _schedule(add: Callable) -> None:
     add("--sched", default="cosine", choices=SCHEDULES, help="schedule of the learning rate")
     add("--sched-on-updates", action="store_true", help="advance it at every update, not epoch")
     add("--lr", type=AMOUNT, help="learning rate (default: from --lr-base)")
-    add("--lr-base", type=AMOUNT, default=0.1, help="learning rate for a batch of --lr-base-size, "
-        "scaled to the global batch")
+    add("--lr-base", type=AMOUNT, default=0.1, help="learning rate for a batch of --lr-base-size")
     add("--lr-base-size", type=COUNT, default=256, help="the batch that --lr-base is for")
     add("--lr-base-scale", default="", choices=("", "linear", "sqrt"),
         help="how it is scaled (default: sqrt for Ada* and LAMB, else linear)")
@@ -161,8 +150,7 @@ def _schedule(add: Callable) -> None:
     add("--warmup-lr", type=AMOUNT, default=1e-5, help="learning rate at the start of the warmup")
     add("--min-lr", type=AMOUNT, default=0, help="lowest learning rate")
     add("--epochs", type=INDEX, default=300, help="epochs")
-    add("--epoch-repeats", type=AMOUNT, default=0.0,
-        help="passes over an iterable data set that count as one epoch")
+    add("--epoch-repeats", type=AMOUNT, default=0.0, help="iterable data set: passes per epoch")
     add("--start-epoch", type=INDEX, help="first epoch, also when resuming")
     add("--decay-milestones", type=INT, nargs="+", default=[90, 180, 270],
         help="multistep: epochs at which the rate decays")
@@ -170,18 +158,15 @@ def _schedule(add: Callable) -> None:
     add("--warmup-epochs", type=INDEX, default=5, help="warmup epochs")
     add("--warmup-prefix", action="store_true", help="the warmup comes on top of --epochs")
     add("--cooldown-epochs", type=INDEX, default=0, help="epochs at the lowest rate at the end")
-    add("--patience-epochs", type=INDEX, default=10,
-        help="plateau: epochs without improvement before a decay")
-    add("--decay-rate", "--dr", type=AMOUNT, default=0.1,
-        help="factor of one decay; poly: the power")
+    add("--patience-epochs", type=INDEX, default=10, help="plateau: epochs before a decay")
+    add("--decay-rate", "--dr", type=AMOUNT, default=0.1, help="factor of a decay, power of poly")
 
 
 def _augmentation(add: Callable) -> None:
     add("--no-aug", action="store_true", help="no training augmentation at all")
     add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="random crop (default: rrc)")
-    add("--scale", type=FLOAT, nargs="+", default=[0.08, 1.0], help="random crop: areas, from to")
-    add("--ratio", type=FLOAT, nargs="+", default=[3 / 4, 4 / 3],
-        help="random crop: aspect ratios, from to")
+    add("--scale", type=FLOAT, nargs="+", default=[0.08, 1.0], help="random crop: shares of the area")
+    add("--ratio", type=FLOAT, nargs="+", default=[3 / 4, 4 / 3], help="random crop: aspect ratios")
     add("--hflip", type=SHARE, default=0.5, help="probability of a horizontal flip")
     add("--vflip", type=SHARE, default=0.0, help="probability of a vertical flip")
     add("--color-jitter", type=AMOUNT, default=0.4, help="strength of colour jitter")
@@ -189,10 +174,8 @@ def _augmentation(add: Callable) -> None:
     add("--grayscale-prob", type=SHARE, help="probability of greyscale")
     add("--gaussian-blur-prob", type=SHARE, help="probability of a Gaussian blur")
     add("--aa", help="AutoAugment, RandAugment, AugMix: original, 3a, rand-m9-mstd0.5, augmix-m5")
-    add("--aug-repeats", type=AMOUNT, default=0,
-        help="distributed: times that each image comes, augmented anew")
-    add("--aug-splits", type=INDEX, default=0,
-        help="versions of each image, the first one clean: 0, or 2 and more")
+    add("--aug-repeats", type=AMOUNT, default=0, help="distributed: times that each image comes")
+    add("--aug-splits", type=INDEX, default=0, help="versions of each image, the first one clean")
     add("--jsd-loss", action="store_true", help="Jensen-Shannon loss between --aug-splits")
     add("--bce-loss", action="store_true", help="binary cross entropy")
     add("--bce-sum", action="store_true", help="BCE: sum over classes")
@@ -237,21 +220,16 @@ def _run(add: Callable) -> None:
         "(default: timm's one stream)")
     add("--worker-seeding", default="all", choices=("all", "part"), help="in loader workers")
     add("--log-interval", type=COUNT, default=50, help="updates between log lines")
-    add("--val-interval", type=COUNT, default=1,
-        help="epochs between validations and checkpoints")
-    add("--recovery-interval", type=INDEX, default=0,
-        help="updates between recovery checkpoints, 0 for none")
+    add("--val-interval", type=COUNT, default=1, help="epochs between validations and checkpoints")
+    add("--recovery-interval", type=INDEX, default=0, help="updates between recovery checkpoints")
     add("--checkpoint-hist", type=COUNT, default=10, help="checkpoints to keep")
     add("-j", "--workers", type=INDEX, default=4, help="loader processes")
     add("--save-images", action="store_true", help="save the batch at every log line as an image")
     add("--pin-mem", action="store_true", help="load into page-locked memory")
-    add("--no-prefetcher", action="store_true",
-        help="normalise images in the loader workers, not on the device")
+    add("--no-prefetcher", action="store_true", help="normalise images in the loader processes")
     add("--output", default="", metavar="DIR", help="folder of all runs (default: output/train)")
-    add("--experiment", default="", metavar="NAME",
-        help="folder of this run in it (default: time, model and image size)")
-    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"),
-        help="what the best checkpoint is best in")
+    add("--experiment", default="", help="folder in it (default: time, model and image size)")
+    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="judges checkpoints")
     add("--tta", type=INDEX, default=0, help="test-time augmentation: outputs averaged per image")
     add("--use-multi-epochs-loader", action="store_true", help="keep loader processes")
     add("--log-wandb", action="store_true", help="log to Weights & Biases")
@@ -266,10 +244,8 @@ def _scheduled_sizes(add: Callable) -> None:
     add("--train-size-probs", type=FLOAT, nargs="+", help="weight of each (default: equal)")
     add("--train-size-schedule", default="constant", choices=("constant", "progressive"),
         help="progressive moves from the first size to the last")
-    add("--train-size-schedule-spread", type=FLOAT, default=0.65,
-        help="progressive: spread over neighbouring sizes")
-    add("--train-size-random-mix", type=SHARE, default=0.1,
-        help="progressive: share of batches of any size")
+    add("--train-size-schedule-spread", type=FLOAT, default=0.65, help="progressive: its spread")
+    add("--train-size-random-mix", type=SHARE, default=0.1, help="progressive: batches of any size")
     add("--train-batches-per-epoch", "--train-steps-per-epoch", type=COUNT,
         help="batches per epoch (default: from the data)")
     add("--variable-batch-loss-scale", default="none", choices=("none", "sqrt", "linear"),
@@ -298,8 +274,7 @@ def _distillation(add: Callable) -> None:
     add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature")
     add("--kd-student-feature-dim", type=INT, help="default: asked of the model")
     add("--kd-teacher-feature-dim", type=INT, help="default: asked of the model")
-    add("--kd-token-distill-type", default="soft", choices=("soft", "hard"),
-        help="token distillation: soft or hard targets")
+    add("--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="targets of tokens")
 
 # fmt: on
 

@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         given = {**read_config(recipe(DEMO_RECIPE), parser), **given}
     args = argparse.Namespace(**{**defaults, **given})
 
-    # A config may spell out defaults (args.yaml of another run does): only a change counts there.
+    # A config may spell out defaults, as args.yaml does: only a change counts there.
     explicit = set(typed) | {name for name, value in config.items() if value != defaults[name]}
     for module in args.device_modules or ():
         with refused_with(f"--device-modules {module}"):
@@ -102,8 +102,7 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
     with refused_with(f"--config {path} is not valid YAML"):
         content = yaml.load(text, _Loader)
     if not isinstance(content, dict):
-        kind = "empty" if content is None else f"a {type(content).__name__}"
-        raise UsageError(f"--config {path} is {kind}; it must be a mapping of flags to values")
+        raise UsageError(f"--config {path} is no mapping of flags to values, but {content!r:.40}")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     config: dict[str, Any] = {}
     words: list[str] = []
@@ -114,15 +113,12 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
                 raise UsageError(f"unknown key {key!r}{nearest(name, actions)}")
             if name in config:
                 raise UsageError(f"the key {name!r} is given twice")
-            default = actions[name].default
-            if value is None and isinstance(default, str):
-                value = ""
-            config[name] = value
-            is_default = type(value) is type(default) and value == default
-            if not is_default and (value is not None or name != "color_jitter"):
+            default = None if name == "color_jitter" and value is None else actions[name].default
+            config[name] = "" if value is None and isinstance(default, str) else value
+            if type(config[name]) is not type(default) or config[name] != default:
                 # What belongs to no flag comes first, or the flag before it would take it.
-                place = len(words) if actions[name].option_strings else 0
-                words[place:place] = _words(name, value, actions[name].nargs)
+                place = 0 if name == "data" else len(words)
+                words[place:place] = _words(name, config[name], actions[name].nargs)
         return {**config, **_typed(parser, words)}
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
@@ -132,13 +128,12 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML, in which a key given twice is an error rather than the last one wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        texts = [key.value for key in keys]
-        for index, key in enumerate(keys):
-            if key.value in texts[:index]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
+        seen = set()
+        for key, _ in node.value:
+            text = key.value if isinstance(key, yaml.ScalarNode) else key
+            if text in seen:
+                raise ValueError(f"{text!r} is given twice, in line {key.start_mark.line + 1}")
+            seen.add(text)
         return super().construct_mapping(node, deep)
 
 
@@ -146,9 +141,9 @@ def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
     """Return a YAML value as the words of its flag on a command line."""
     kind, what = {
         0: (bool, "true or false"),
-        3: (list, "a list of 3 values"),
-        "+": (list, "a list of values"),
-        "*": (dict, "a mapping of names to values"),
+        3: (list, "a list"),
+        "+": (list, "a list"),
+        "*": (dict, "a mapping"),
     }.get(nargs, ((str, int, float), "a text or a number"))
     if not isinstance(value, kind) or isinstance(value, bool) != (nargs == 0):
         raise UsageError(f"{flag(name)} takes {what}, got {value!r}")

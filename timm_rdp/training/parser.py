@@ -37,13 +37,7 @@ class KeyValues(ParseKwargs):
 def number(
     kind: type[int] | type[float], rule: str = "", holds: Callable[[float], bool] = lambda x: True
 ) -> Callable[[str], float]:
-    """Return a `type=` of argparse for finite numbers.
-
-    Args:
-        kind: int or float.
-        rule: what a number must be besides, in words.
-        holds: says whether a number is that.
-    """
+    """Return a `type=` of argparse: finite numbers, for which `holds` what `rule` says."""
     what = f"a {'whole ' if kind is int else ''}number {rule}".strip()
 
     def convert(text: str) -> float:
