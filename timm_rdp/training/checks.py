@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data.transforms_factory import transforms_imagenet_train
+from timm.utils.distributed import is_distributed_env
 
 from timm_rdp.errors import UsageError, nearest, refused_with
 from timm_rdp.training.data import Data
@@ -74,13 +75,13 @@ def check_limits(args: argparse.Namespace) -> None:
     for one, other in EXCLUSIVE:
         if getattr(args, one) and getattr(args, other):
             raise UsageError(f"{flag(one)} cannot be combined with {flag(other)}; leave one out")
-    distributed = timm.utils.distributed.is_distributed_env()
+    distributed = is_distributed_env()
     low_dtype = args.model_dtype not in (None, "float32")
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     mixes_half = mixes and args.mixup_mode == "half"
     sizes = "train_batch_sizes" if args.train_batch_sizes else "batch_size"
     is_odd = any(size % 2 for size in args.train_batch_sizes or [args.batch_size])
-    no_wandb = importlib.util.find_spec("wandb") is None
+    no_wandb = args.log_wandb and importlib.util.find_spec("wandb") is None
     for name, is_wrong, why in (
         ("rdp_every", args.rdp_every < 1, "must be at least 1"),
         ("rdp_start_epoch", args.rdp_start_epoch < 0, "must be at least 0"),
@@ -103,11 +104,7 @@ def check_limits(args: argparse.Namespace) -> None:
 
 
 def check_tta(args: argparse.Namespace, data: Data) -> None:
-    """Refuse validation batches that `--tta` cannot average over.
-
-    Raises:
-        UsageError: naming the sizes.
-    """
+    """Refuse validation batches that `--tta` cannot average over: UsageError names the sizes."""
     if args.tta < 2 or data.eval is None:
         return
     batch = args.validation_batch_size or args.batch_size

@@ -3,19 +3,16 @@
 from collections.abc import Callable
 
 from timm_rdp import add_rdp_args
-from timm_rdp.training.parser import (
-    AMOUNT,
-    COUNT,
-    FLOAT,
-    INDEX,
-    INT,
-    POSITIVE,
-    RATE,
-    SEED,
-    SHARE,
-    KeyValues,
-    Parser,
-)
+from timm_rdp.training.parser import KeyValues, Parser, number
+
+INT, FLOAT = number(int), number(float)
+COUNT = number(int, "of at least 1", lambda x: x >= 1)
+INDEX = number(int, "of at least 0", lambda x: x >= 0)
+SEED = number(int, "between 0 and 4294967295", lambda x: 0 <= x < 2**32)
+AMOUNT = number(float, "of at least 0", lambda x: x >= 0)
+POSITIVE = number(float, "above 0", lambda x: x > 0)
+SHARE = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
+RATE = number(float, "of at least 0 and below 1", lambda x: 0 <= x < 1)
 
 RESIZE = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SCHEDULES = (
@@ -30,9 +27,8 @@ def build_parser() -> Parser:
     """
     parser = Parser(
         prog="timm-rdp train",
-        description="Train any timm model, with or without ResidualDroppath (arXiv 2411.09475). "
-        "Takes every flag of timm's own training script. Without data it trains on a small demo, "
-        "handwritten digits.",
+        description="Train any timm model, with or without ResidualDroppath (arXiv 2411.09475), by "
+        "the flags of timm's own script. Without data it trains on a demo, handwritten digits.",
     )
     add = parser.add_argument
     add("-c", "--config", default="", metavar="FILE", help="YAML file of flags; flags override it")
@@ -69,6 +65,25 @@ def _data(add: Callable) -> None:
     add("--input-key", help="the data set's key of images")
     add("--target-key", help="the data set's key of labels")
     add("--dataset-trust-remote-code", action="store_true", help="let hfds/ data run its own code")
+    add("--train-img-sizes", type=INT, nargs="+", help="image sizes to draw from, batch by batch")
+    add("--train-batch-sizes", type=INT, nargs="+", help="for each of them (default: --batch-size)")
+    add("--train-size-probs", type=FLOAT, nargs="+", help="weight of each (default: equal)")
+    add("--train-size-schedule", default="constant", choices=("constant", "progressive"),
+        help="progressive moves from the first size to the last")
+    add("--train-size-schedule-spread", type=FLOAT, default=0.65, help="progressive: its spread")
+    add("--train-size-random-mix", type=SHARE, default=0.1, help="progressive: batches of any size")
+    add("--train-batches-per-epoch", "--train-steps-per-epoch", type=COUNT,
+        help="batches per epoch (default: from the data)")
+    add("--variable-batch-loss-scale", default="none", choices=("none", "sqrt", "linear"),
+        help="scale of the loss with the batch size")
+    add("--naflex-loader", action="store_true", help="patch sequences, for NaFlex models")
+    add("--naflex-train-seq-lens", type=INT, nargs="+", default=[128, 256, 576, 784, 1024],
+        help="sequence lengths to train with")
+    add("--naflex-max-seq-len", type=COUNT, default=576, help="sequence length of validation")
+    add("--naflex-patch-sizes", type=INT, nargs="+", help="patch sizes to draw from")
+    add("--naflex-patch-size-probs", type=FLOAT, nargs="+", help="of each (default: equal)")
+    add("--naflex-loss-scale", default="linear", choices=("none", "sqrt", "linear"), help="by size")
+    add("--naflex-patchify-channels-first", action="store_true", help="channels first in patches")
 
 
 def _model(add: Callable) -> None:
@@ -76,9 +91,8 @@ def _model(add: Callable) -> None:
     add("--pretrained", action="store_true", help="start from pretrained weights")
     add("--pretrained-path", metavar="FILE", help="pretrained weights; the head is adapted")
     add("--initial-checkpoint", default="", metavar="FILE", help="weights to load, of this model")
-    add("--resume", default="", metavar="FILE", help="continue from this checkpoint exactly where "
-        "it was written; auto: from the newest good one in --output/--experiment, or from the "
-        "start where there is none")
+    add("--resume", default="", metavar="FILE", help="continue from this checkpoint, exactly where "
+        "it was written; auto: from the newest good one in --output/--experiment, if there is one")
     add("--no-resume-opt", action="store_true", help="--resume: leave the optimizer state out")
     add("--num-classes", type=COUNT, help="number of classes (default: the model's)")
     add("--gp", help="global pooling: fast, avg, max, avgmax, catavgmax")
@@ -104,17 +118,16 @@ def _model(add: Callable) -> None:
     add("--torchcompile-mode", help="torch.compile mode")
     add("--torchscript", action="store_true", help="compile the model with torch.jit.script")
     add("--torchcompile", nargs="?", const="inductor", help="with this backend (default: inductor)")
-
-
-def _device(add: Callable) -> None:
-    add("--device", help="cuda, mps, xpu, npu, cpu, ... (default: the best there is)")
-    add("--amp", action="store_true", help="automatic mixed precision")
-    add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="its dtype")
-    add("--model-dtype", choices=("float32", "float16", "bfloat16"), help="dtype without AMP")
-    add("--no-ddp-bb", action="store_true", help="distributed: buffers are not broadcast")
-    add("--synchronize-step", action="store_true", help="wait for the device after each update")
-    add("--local_rank", type=INT, default=0, help="set by old launchers; not used")
-    add("--device-modules", nargs="+", help="Python modules to import first, for device plugins")
+    add("--kd-model-name", help="teacher: a pretrained timm model, or local-dir:FOLDER")
+    add("--kd-distill-type", default="logit", choices=("logit", "feature", "token"),
+        help="what the student imitates")
+    add("--kd-loss-type", default="kl", choices=("kl",), help="loss between logits")
+    add("--distill-loss-weight", type=FLOAT, help="weight of the teacher's loss")
+    add("--task-loss-weight", type=FLOAT, help="weight of the labels' loss")
+    add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature")
+    add("--kd-student-feature-dim", type=INT, help="default: asked of the model")
+    add("--kd-teacher-feature-dim", type=INT, help="default: asked of the model")
+    add("--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="its targets")
 
 
 def _optimizer(add: Callable) -> None:
@@ -138,8 +151,7 @@ def _schedule(add: Callable) -> None:
     add("--lr", type=AMOUNT, help="learning rate (default: from --lr-base)")
     add("--lr-base", type=AMOUNT, default=0.1, help="learning rate for a batch of --lr-base-size")
     add("--lr-base-size", type=COUNT, default=256, help="the batch that --lr-base is for")
-    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"),
-        help="how it is scaled (default: sqrt for Ada* and LAMB, else linear)")
+    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"), help="default: by --opt")
     add("--lr-noise", type=FLOAT, nargs="+", help="noise: from and to, as shares of the epochs")
     add("--lr-noise-pct", type=FLOAT, default=0.67, help="limit of that noise")
     add("--lr-noise-std", type=FLOAT, default=1.0, help="standard deviation of that noise")
@@ -152,8 +164,7 @@ def _schedule(add: Callable) -> None:
     add("--epochs", type=INDEX, default=300, help="epochs")
     add("--epoch-repeats", type=AMOUNT, default=0.0, help="iterable data set: passes per epoch")
     add("--start-epoch", type=INDEX, help="first epoch, also when resuming")
-    add("--decay-milestones", type=INT, nargs="+", default=[90, 180, 270],
-        help="multistep: epochs at which the rate decays")
+    add("--decay-milestones", type=INT, nargs="+", default=[90, 180, 270], help="multistep: epochs")
     add("--decay-epochs", type=POSITIVE, default=90, help="step: epochs between decays")
     add("--warmup-epochs", type=INDEX, default=5, help="warmup epochs")
     add("--warmup-prefix", action="store_true", help="the warmup comes on top of --epochs")
@@ -165,7 +176,7 @@ def _schedule(add: Callable) -> None:
 def _augmentation(add: Callable) -> None:
     add("--no-aug", action="store_true", help="no training augmentation at all")
     add("--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="random crop (default: rrc)")
-    add("--scale", type=FLOAT, nargs="+", default=[0.08, 1.0], help="random crop: shares of the area")
+    add("--scale", type=FLOAT, nargs="+", default=[0.08, 1.0], help="random crop: part of the area")
     add("--ratio", type=FLOAT, nargs="+", default=[3 / 4, 4 / 3], help="random crop: aspect ratios")
     add("--hflip", type=SHARE, default=0.5, help="probability of a horizontal flip")
     add("--vflip", type=SHARE, default=0.0, help="probability of a vertical flip")
@@ -215,9 +226,8 @@ def _regularization(add: Callable) -> None:
 
 def _run(add: Callable) -> None:
     add("--seed", type=SEED, default=42, help="random seed")
-    add("--data-seed", type=INT, help="draw the order and augmentation of the data from a random "
-        "stream of their own, so that runs of other models or drop rates see the same data "
-        "(default: timm's one stream)")
+    add("--data-seed", type=INT, help="draw the data's order and augmentation from a stream of "
+        "their own, the same for all models and drop rates (default: timm's one stream)")
     add("--worker-seeding", default="all", choices=("all", "part"), help="in loader workers")
     add("--log-interval", type=COUNT, default=50, help="updates between log lines")
     add("--val-interval", type=COUNT, default=1, help="epochs between validations and checkpoints")
@@ -229,66 +239,31 @@ def _run(add: Callable) -> None:
     add("--no-prefetcher", action="store_true", help="normalise images in the loader processes")
     add("--output", default="", metavar="DIR", help="folder of all runs (default: output/train)")
     add("--experiment", default="", help="folder in it (default: time, model and image size)")
-    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="judges checkpoints")
+    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what is judged")
     add("--tta", type=INDEX, default=0, help="test-time augmentation: outputs averaged per image")
     add("--use-multi-epochs-loader", action="store_true", help="keep loader processes")
     add("--log-wandb", action="store_true", help="log to Weights & Biases")
     add("--wandb-project", help="project there")
     add("--wandb-tags", nargs="+", default=[], help="tags there")
     add("--wandb-resume-id", default="", help="run there to continue, with --resume")
-
-
-def _scheduled_sizes(add: Callable) -> None:
-    add("--train-img-sizes", type=INT, nargs="+", help="image sizes to draw from, batch by batch")
-    add("--train-batch-sizes", type=INT, nargs="+", help="for each of them (default: --batch-size)")
-    add("--train-size-probs", type=FLOAT, nargs="+", help="weight of each (default: equal)")
-    add("--train-size-schedule", default="constant", choices=("constant", "progressive"),
-        help="progressive moves from the first size to the last")
-    add("--train-size-schedule-spread", type=FLOAT, default=0.65, help="progressive: its spread")
-    add("--train-size-random-mix", type=SHARE, default=0.1, help="progressive: batches of any size")
-    add("--train-batches-per-epoch", "--train-steps-per-epoch", type=COUNT,
-        help="batches per epoch (default: from the data)")
-    add("--variable-batch-loss-scale", default="none", choices=("none", "sqrt", "linear"),
-        help="scale of the loss with the batch size")
-
-
-def _naflex(add: Callable) -> None:
-    add("--naflex-loader", action="store_true", help="patch sequences, for NaFlex models")
-    add("--naflex-train-seq-lens", type=INT, nargs="+", default=[128, 256, 576, 784, 1024],
-        help="sequence lengths to train with")
-    add("--naflex-max-seq-len", type=COUNT, default=576, help="sequence length of validation")
-    add("--naflex-patch-sizes", type=INT, nargs="+", help="patch sizes to draw from")
-    add("--naflex-patch-size-probs", type=FLOAT, nargs="+", help="of each (default: equal)")
-    add("--naflex-loss-scale", default="linear", choices=("none", "sqrt", "linear"),
-        help="scale of the loss with the batch size")
-    add("--naflex-patchify-channels-first", action="store_true", help="channels first in patches")
-
-
-def _distillation(add: Callable) -> None:
-    add("--kd-model-name", help="teacher: a pretrained timm model, or local-dir:FOLDER")
-    add("--kd-distill-type", default="logit", choices=("logit", "feature", "token"),
-        help="what the student imitates")
-    add("--kd-loss-type", default="kl", choices=("kl",), help="loss between logits")
-    add("--distill-loss-weight", type=FLOAT, help="weight of the teacher's loss")
-    add("--task-loss-weight", type=FLOAT, help="weight of the labels' loss")
-    add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature")
-    add("--kd-student-feature-dim", type=INT, help="default: asked of the model")
-    add("--kd-teacher-feature-dim", type=INT, help="default: asked of the model")
-    add("--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="targets of tokens")
+    add("--device", help="cuda, mps, xpu, npu, cpu, ... (default: the best there is)")
+    add("--amp", action="store_true", help="automatic mixed precision")
+    add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="its dtype")
+    add("--model-dtype", choices=("float32", "float16", "bfloat16"), help="dtype without AMP")
+    add("--no-ddp-bb", action="store_true", help="distributed: buffers are not broadcast")
+    add("--synchronize-step", action="store_true", help="wait for the device after each update")
+    add("--local_rank", type=INT, default=0, help="set by old launchers; not used")
+    add("--device-modules", nargs="+", help="Python modules to import first, for device plugins")
 
 # fmt: on
 
 
 _GROUPS: dict[str, Callable[[Callable], None]] = {
-    "data": _data,
-    "model": _model,
-    "device and processes": _device,
+    "data, scheduled image sizes and NaFlex": _data,
+    "model and distillation": _model,
     "optimizer": _optimizer,
     "learning rate and epochs": _schedule,
     "augmentation": _augmentation,
     "regularization, batch norm and moving average of weights": _regularization,
-    "run and outputs": _run,
-    "scheduled image sizes": _scheduled_sizes,
-    "NaFlex: native aspect ratio": _naflex,
-    "distillation": _distillation,
+    "device, run and outputs": _run,
 }

@@ -51,17 +51,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         with refused_with(f"--device-modules {module}"):
             importlib.import_module(module)
     args.device = _resolve_device(args.device)
-    chosen_drop_path = args.rdp and args.drop_path is None
-    if chosen_drop_path:
+    if args.rdp and args.drop_path is None:
         args.drop_path = RDP_DROP_PATH
+        _logger.info(f"--rdp without --drop-path: taking --drop-path {RDP_DROP_PATH}")
     if args.data and not args.data_dir:
         args.data_dir = args.data
     check_options(args, explicit)
     args.demo = demo
     if demo:
         args.data_dir = str(prepare_demo())
-    if chosen_drop_path:
-        _logger.info(f"--rdp without --drop-path: taking --drop-path {RDP_DROP_PATH}")
     return args
 
 
@@ -94,8 +92,8 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
         parser: knows the flags; keys are their names with underscores (dashes do as well).
 
     Raises:
-        UsageError: the file is missing, not YAML or not a mapping; a key is unknown (the message
-            names the nearest known ones); a value does not fit its flag.
+        UsageError: the file is missing, not YAML or not a mapping; a key is unknown or given twice;
+            a value does not fit its flag.
     """
     with refused_with(f"--config {path}"):
         text = Path(path).read_bytes()
@@ -115,10 +113,10 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, 
                 raise UsageError(f"the key {name!r} is given twice")
             default = None if name == "color_jitter" and value is None else actions[name].default
             config[name] = "" if value is None and isinstance(default, str) else value
-            if type(config[name]) is not type(default) or config[name] != default:
-                # What belongs to no flag comes first, or the flag before it would take it.
-                place = 0 if name == "data" else len(words)
-                words[place:place] = _words(name, config[name], actions[name].nargs)
+            if name == "data":  # the one argument that is no flag
+                config[name] = value and str(value)
+            elif type(config[name]) is not type(default) or config[name] != default:
+                words += _words(name, config[name], actions[name].nargs)
         return {**config, **_typed(parser, words)}
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
@@ -139,42 +137,34 @@ class _Loader(yaml.SafeLoader):
 
 def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
     """Return a YAML value as the words of its flag on a command line."""
-    kind, what = {
-        0: (bool, "true or false"),
-        3: (list, "a list"),
-        "+": (list, "a list"),
-        "*": (dict, "a mapping"),
-    }.get(nargs, ((str, int, float), "a text or a number"))
+    kinds = {0: bool, 3: list, "+": list, "*": dict}
+    kind = kinds.get(nargs, (str, int, float))
     if not isinstance(value, kind) or isinstance(value, bool) != (nargs == 0):
+        what = {bool: "true or false", list: "a list", dict: "a mapping"}.get(kind, "one value")
         raise UsageError(f"{flag(name)} takes {what}, got {value!r}")
     if nargs == 0:
         return [flag(name)]
-    if name != "data" and not isinstance(value, (list, dict)):
+    if not isinstance(value, (list, dict)):
         return [f"{flag(name)}={value}"]
-    if isinstance(value, dict):
-        words = [f"{key}={item!r}" for key, item in value.items()]
-    else:
-        words = [str(word) for word in (value if isinstance(value, list) else [value])]
+    pairs = value.items() if isinstance(value, dict) else ()
+    words = [f"{key}={item!r}" for key, item in pairs] or [str(item) for item in value]
     # A word that begins with a dash, and is no number, would be taken for a flag.
     if any(re.match("-[^0-9.]", word) for word in words):
         raise UsageError(f"{flag(name)} takes nothing that begins with a dash, got {value!r}")
-    return words if name == "data" else [flag(name), *words]
+    return [flag(name), *words]
 
 
 def _typed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
     """Return only those flags that the command line names."""
     absent = object()
-    flags = (action.dest for action in parser._actions)
-    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags, absent))))
-    return {  # argparse sets a positional argument that is absent
-        name: value
-        for name, value in parsed.items()
-        if value is not absent and (name, value) != ("data", None)
-    }
+    names = (action.dest for action in parser._actions)
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent))))
+    if parsed["data"] is None:  # argparse sets a positional argument that is absent
+        del parsed["data"]
+    return {name: value for name, value in parsed.items() if value is not absent}
 
 
 def _resolve_device(name: str | None) -> str:
-    """Return the device's name, or that of the best there is where it is None."""
     best = torch.accelerator.current_accelerator(check_available=True)
     best = best.type if best else "cpu"
     if not name:

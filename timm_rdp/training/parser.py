@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from typing import NoReturn
 
-from timm.utils import ParseKwargs
+from timm.utils.misc import ParseKwargs
 
 from timm_rdp.errors import UsageError, nearest
 
@@ -50,13 +50,3 @@ def number(
         return value
 
     return convert
-
-
-INT, FLOAT = number(int), number(float)
-COUNT = number(int, "of at least 1", lambda x: x >= 1)
-INDEX = number(int, "of at least 0", lambda x: x >= 0)
-SEED = number(int, "between 0 and 4294967295", lambda x: 0 <= x < 2**32)
-AMOUNT = number(float, "of at least 0", lambda x: x >= 0)
-POSITIVE = number(float, "above 0", lambda x: x > 0)
-SHARE = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
-RATE = number(float, "of at least 0 and below 1", lambda x: 0 <= x < 1)
