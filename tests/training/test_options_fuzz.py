@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from timm_rdp.errors import UsageError
-from timm_rdp.training.config import read_config
 from timm_rdp.training.flags import build_parser
-from timm_rdp.training.options import args_text, parse_args
+from timm_rdp.training.options import args_text, parse_args, read_config
 
 PARSER = build_parser()
 NAMES = [

@@ -1,410 +1,151 @@
-"""What can be wrong with the options, found before there is a model, a folder or a file."""
+"""What argparse, timm and torch let pass, or refuse too late, found before anything is written."""
 
 import argparse
 import importlib.util
-import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
-from timm.data.auto_augment import (
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
-from timm.models import get_pretrained_cfg, parse_model_name
-from timm.optim import list_optimizers
+import torch
+from timm.data.transforms_factory import transforms_imagenet_train
+from timm.utils.distributed import is_distributed_env
 
-from timm_rdp.errors import UsageError, nearest
+from timm_rdp.errors import UsageError, nearest, refused_with
+from timm_rdp.training.data import Data
 from timm_rdp.training.files import check_output
+from timm_rdp.training.flags import flag
 
-# Flags without effect unless another one is given: rather refused than ignored.
+# Flags, or beginnings of flags, without effect where another one is not given.
 NEEDS = {
-    "kd_model_name": (
-        "kd_distill_type",
-        "kd_loss_type",
-        "distill_loss_weight",
-        "task_loss_weight",
-        "kd_temperature",
-        "kd_student_feature_dim",
-        "kd_teacher_feature_dim",
-        "kd_token_distill_type",
-    ),
-    "naflex_loader": (
-        "naflex_train_seq_lens",
-        "naflex_max_seq_len",
-        "naflex_patch_sizes",
-        "naflex_patch_size_probs",
-        "naflex_loss_scale",
-        "naflex_patchify_channels_first",
-    ),
-    "train_img_sizes": (
-        "train_batch_sizes",
-        "train_size_probs",
-        "train_size_schedule",
-        "train_size_schedule_spread",
-        "train_size_random_mix",
-        "train_batches_per_epoch",
-        "variable_batch_loss_scale",
-    ),
+    "rdp": ("rdp_",),
+    "kd_model_name": ("kd_", "distill_loss_weight", "task_loss_weight"),
+    "naflex_loader": ("naflex_",),
+    "train_img_sizes": ("train_batch", "train_size_", "variable_batch_loss_scale"),
     "torchcompile": ("torchcompile_mode",),
+    "aug_splits": ("jsd_loss",),
+    "resume": ("wandb_resume_id",),
 }
-
-Check = Callable[[float], bool]
-
-RANGES: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
-    (
-        "must be at least 0 and below 1",
-        lambda x: 0 <= x < 1,
-        ("drop", "drop_path", "drop_block", "smoothing"),
-    ),
-    (
-        "must be between 0 and 1",
-        lambda x: 0 <= x <= 1,
-        (
-            "mixup_prob",
-            "mixup_switch_prob",
-            "hflip",
-            "vflip",
-            "color_jitter_prob",
-            "grayscale_prob",
-            "gaussian_blur_prob",
-            "reprob",
-            "model_ema_decay",
-            "train_size_random_mix",
-        ),
-    ),
-    (
-        "must be a number of at least 0",
-        lambda x: 0 <= x < math.inf,
-        (
-            "lr",
-            "lr_base",
-            "min_lr",
-            "warmup_lr",
-            "weight_decay",
-            "momentum",
-            "clip_grad",
-            "mixup",
-            "cutmix",
-            "color_jitter",
-            "epoch_repeats",
-            "aug_repeats",
-            "opt_eps",
-            "layer_decay",
-            "decay_rate",
-            "bce_pos_weight",
-        ),
-    ),
-    (
-        "must be a number above 0",
-        lambda x: 0 < x < math.inf,
-        ("crop_pct", "decay_epochs", "kd_temperature", "bn_eps"),
-    ),
-    (
-        "must be at least 1",
-        lambda x: x >= 1,
-        (
-            "batch_size",
-            "validation_batch_size",
-            "num_classes",
-            "img_size",
-            "in_chans",
-            "lr_base_size",
-            "log_interval",
-            "val_interval",
-            "checkpoint_hist",
-            "recount",
-            "rdp_every",
-            "train_num_samples",
-            "val_num_samples",
-            "train_batches_per_epoch",
-            "naflex_max_seq_len",
-        ),
-    ),
-    (
-        "must be at least 0",
-        lambda x: x >= 0,
-        (
-            "epochs",
-            "start_epoch",
-            "warmup_epochs",
-            "cooldown_epochs",
-            "patience_epochs",
-            "mixup_off_epoch",
-            "recovery_interval",
-            "workers",
-            "tta",
-            "rdp_start_epoch",
-        ),
-    ),
-    ("must be between 0 and 4294967295", lambda x: 0 <= x < 2**32, ("seed",)),
-    ("must be 0, or 2 and more", lambda x: x == 0 or x >= 2, ("aug_splits",)),
+EXCLUSIVE = (
+    ("aug_splits", "no_aug"),
+    ("aug_splits", "naflex_loader"),
+    ("aug_splits", "train_img_sizes"),
+    ("kd_model_name", "naflex_loader"),
+    ("save_images", "naflex_loader"),
+    ("split_bn", "sync_bn"),
+    ("torchscript", "rdp"),
+    ("torchscript", "sync_bn"),
+    ("torchscript", "torchcompile"),
+    ("train_img_sizes", "naflex_loader"),
+    ("use_multi_epochs_loader", "naflex_loader"),
+    ("use_multi_epochs_loader", "train_img_sizes"),
 )
-
-_INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
-
-CHOICES = {
-    "amp_dtype": ("float16", "bfloat16"),
-    "model_dtype": (None, "float32", "float16", "bfloat16"),
-    "clip_mode": ("norm", "value", "agc"),
-    "eval_metric": ("top1", "top5", "loss"),
-    "remode": ("const", "rand", "pixel"),
-    "mixup_mode": ("batch", "pair", "elem", "half"),
-    "worker_seeding": ("all", "part"),
-    "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
-    "interpolation": _INTERPOLATIONS[:-1],
-    "train_interpolation": _INTERPOLATIONS,
-    "lr_base_scale": ("", "linear", "sqrt"),
-    "dist_bn": ("", "broadcast", "reduce"),
-    "fuser": ("", "te", "old", "legacy", "nvfuser", "nvf"),
-    "kd_loss_type": ("kl",),
-    "sched": (
-        "cosine",
-        "tanh",
-        "step",
-        "multistep",
-        "poly",
-        "plateau",
-        "wsd",
-        "rsqrt",
-        "constant",
-        "none",
-    ),
-}
-
-# Arguments that flags already give, so that key=value would give them twice.
-MODEL_FLAGS = {
-    "pretrained": "pretrained",
-    "in_chans": "in_chans",
-    "num_classes": "num_classes",
-    "drop_rate": "drop",
-    "drop_path_rate": "drop_path",
-    "drop_block_rate": "drop_block",
-    "global_pool": "gp",
-    "bn_momentum": "bn_momentum",
-    "bn_eps": "bn_eps",
-    "scriptable": "torchscript",
-    "checkpoint_path": "initial_checkpoint",
-}
-OPTIMIZER_FLAGS = {
-    "opt": "opt",
-    "lr": "lr",
-    "weight_decay": "weight_decay",
-    "momentum": "momentum",
-    "layer_decay": "layer_decay",
-    "layer_decay_min_scale": "layer_decay_min_scale",
-    "layer_decay_no_opt_scale": "layer_decay_no_opt_scale",
+# Lists with one value for each of another list.
+PER_VALUE = {
+    "train_batch_sizes": "train_img_sizes",
+    "train_size_probs": "train_img_sizes",
+    "naflex_patch_size_probs": "naflex_patch_sizes",
 }
 
 
-def check_options(args: argparse.Namespace, explicit: set[str], defaults: dict[str, Any]) -> None:
+def check_options(args: argparse.Namespace, explicit: set[str]) -> None:
     """Check everything about the options that needs neither the model nor the data.
 
     Args:
         args: the options, complete.
         explicit: names of the flags that the user gave.
-        defaults: every flag's default.
 
     Raises:
         UsageError: one line that names the flag, its value and the fix.
     """
-    for text, holds, names in RANGES:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise UsageError(f"{flag(name)} {value} {text}")
-    for name, choices in CHOICES.items():
-        value = getattr(args, name)
-        if value not in choices:
-            known = ", ".join(choice for choice in choices if choice)
-            raise UsageError(f"{flag(name)} {value} is not one of {known}")
-    _check_needs(args, defaults)
-    _check_rdp(args, explicit)
-    _check_model_name(args.model)
-    _check_optimizer(args)
+    for name in sorted(explicit):
+        for needed, beginnings in NEEDS.items():
+            if name.startswith(beginnings) and name != needed and not getattr(args, needed):
+                raise UsageError(f"{_shown(args, name)} has no effect without {flag(needed)}")
+    _check_names(args)
     _check_lists(args)
-    _check_policy(args.aa)
-    _check_combinations(args)
+    check_limits(args)
     check_output(Path(args.output or "output/train") / args.experiment)
 
 
-def flag(name: str) -> str:
-    """Return the flag of an option's name."""
-    return "--local_rank" if name == "local_rank" else f"--{name.replace('_', '-')}"
+def check_limits(args: argparse.Namespace) -> None:
+    """Refuse options that cannot be combined, or that timm would fail with in the first epoch.
 
-
-def _check_needs(args, defaults):
-    for needed, names in NEEDS.items():
-        for name in names:
-            value = getattr(args, name)
-            if not getattr(args, needed) and value != defaults[name]:
-                shown = "" if value is True else f" {_joined(value)}"
-                raise UsageError(f"{flag(name)}{shown} has no effect without {flag(needed)}")
-
-
-def _check_rdp(args, explicit):
-    if args.drop_connect is not None:
-        raise UsageError(
-            f"--drop-connect {args.drop_connect} has no effect in timm any more; "
-            f"give --drop-path {args.drop_connect}"
-        )
-    if not args.rdp:
-        for name in sorted(explicit):
-            if name.startswith("rdp_"):
-                raise UsageError(f"{flag(name)} {getattr(args, name)} needs --rdp; add it")
-    elif args.drop_path == 0:
-        raise UsageError("--rdp --drop-path 0 drops nothing; give a rate above 0, such as 0.1")
-    elif args.torchscript:
-        raise UsageError(
-            "--torchscript cannot go with --rdp: inside a scripted model neither the masks nor "
-            "what is frozen can be changed; leave one of them out"
-        )
-
-
-def _check_model_name(name: str) -> None:
-    try:
-        source, rest = parse_model_name(name)
-    except ValueError as error:
-        raise UsageError(f"--model {name}: {str(error).splitlines()[0]}") from None
-    if source == "local-dir" and not os.path.isfile(os.path.join(rest, "config.json")):
-        raise UsageError(f"--model {name}: {rest} is not a folder with a config.json")
-    if source:
-        return
-    architecture, _, tag = rest.partition(".")
-    if not timm.is_model(architecture):
-        close = nearest(architecture, timm.list_models()) or "; timm.list_models() lists them"
-        raise UsageError(f"--model {name}: timm has no such model{close}")
-    try:
-        get_pretrained_cfg(rest, allow_unregistered=False)
-    except RuntimeError:
-        tags = timm.list_models(f"{architecture}.*", pretrained=True)
-        known = f"; there are {', '.join(tags)}" if tags else ""
-        raise UsageError(f"--model {name}: timm has no weights {tag!r} of it{known}") from None
-
-
-def _check_optimizer(args):
-    known = list_optimizers()
-    # timm takes a name in any case, and lookahead_NAME around any of them.
-    name = args.opt.lower().removeprefix("lookahead_")
-    if name not in known and name not in ("nesterov", "nesterovw"):
-        close = nearest(name, known) or "; timm.optim.list_optimizers() lists them"
-        raise UsageError(f"--opt {args.opt}: timm has no such optimizer{close}")
-    for kwargs, flags, option in (
-        (args.model_kwargs, MODEL_FLAGS, "--model-kwargs"),
-        (args.opt_kwargs, OPTIMIZER_FLAGS, "--opt-kwargs"),
+    Raises:
+        UsageError: names the flags and what to leave out.
+    """
+    for one, other in EXCLUSIVE:
+        if getattr(args, one) and getattr(args, other):
+            raise UsageError(f"{flag(one)} cannot be combined with {flag(other)}; leave one out")
+    distributed = is_distributed_env()
+    low_dtype = args.model_dtype not in (None, "float32")
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixes_half = mixes and args.mixup_mode == "half"
+    sizes = "train_batch_sizes" if args.train_batch_sizes else "batch_size"
+    is_odd = any(size % 2 for size in args.train_batch_sizes or [args.batch_size])
+    no_wandb = args.log_wandb and importlib.util.find_spec("wandb") is None
+    for name, is_wrong, why in (
+        ("rdp_every", args.rdp_every < 1, "must be at least 1"),
+        ("rdp_start_epoch", args.rdp_start_epoch < 0, "must be at least 0"),
+        ("drop_path", args.rdp and args.drop_path == 0, "drops nothing with --rdp; try 0.1"),
+        ("drop_connect", args.drop_connect is not None, "has no effect; give --drop-path"),
+        ("amp", args.amp and low_dtype, "needs float32 weights; leave --model-dtype out"),
+        ("sched_on_updates", args.sched == "plateau", "cannot be used with --sched plateau"),
+        ("aug_repeats", not distributed, "needs distributed training; leave it out"),
+        ("aug_splits", args.aug_splits == 1, "splits nothing; give 0, or 2 and more"),
+        ("split_bn", not (args.aug_splits or args.resplit), "needs --aug-splits, or --resplit"),
+        ("jsd_loss", mixes, "compares classes, which mixup and cutmix mix; leave one out"),
+        ("aug_splits", mixes and not args.no_prefetcher, "needs --no-prefetcher with mixup"),
+        ("no_prefetcher", mixes_half, "cannot be used with --mixup-mode half"),
+        (sizes, mixes and is_odd and not args.naflex_loader, "must be even with mixup or cutmix"),
+        ("log_wandb", no_wandb, "needs wandb: pip install wandb"),
     ):
-        for key in kwargs:
-            if key in flags:
-                raise UsageError(f"{option} {key}={kwargs[key]}: give {flag(flags[key])} instead")
+        # Elsewhere a 0 is off.
+        if is_wrong and (getattr(args, name) or name in ("rdp_every", "drop_path", "drop_connect")):
+            raise UsageError(f"{_shown(args, name)} {why}")
 
 
-def _check_lists(args):
-    in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
-    if args.input_size and min(args.input_size) < 1:
-        raise UsageError(f"--input-size {_joined(args.input_size)} must be three sizes of 1 up")
+def check_tta(args: argparse.Namespace, data: Data) -> None:
+    """Refuse validation batches that `--tta` cannot average over: UsageError names the sizes."""
+    if args.tta < 2 or data.eval is None:
+        return
+    batch = args.validation_batch_size or args.batch_size
+    images = len(data.eval.dataset)
+    if batch % args.tta or images % args.tta:
+        raise UsageError(
+            f"--tta {args.tta} averages that many validation samples in a row: the validation "
+            f"batch size ({batch}) and the number of samples ({images}) must be multiples of it"
+        )
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    # timm takes a name with an empty tag for one without a tag.
+    if ":" not in args.model and (not timm.is_model(args.model) or args.model.endswith(".")):
+        close = nearest(args.model, timm.list_models())
+        raise UsageError(f"--model {args.model}: timm has no such model{close}")
+    with refused_with(f"--aa {args.aa}"):
+        transforms_imagenet_train(auto_augment=args.aa)
+    backend = args.torchcompile
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UsageError(f"--torchcompile {backend}: no such backend{nearest(backend, known)}")
+
+
+def _check_lists(args: argparse.Namespace) -> None:
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
     for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values and len(values) not in (1, in_chans):
-            raise UsageError(
-                f"{flag(name)} {_joined(values)} must be 1 or {in_chans} values, one per channel"
-            )
+        if len(getattr(args, name) or "1") not in (1, channels):
+            raise UsageError(f"{_shown(args, name)} must be one value or {channels}, per channel")
     for name in ("scale", "ratio", "cutmix_minmax"):
         values = getattr(args, name)
-        if values and not (len(values) == 2 and 0 < values[0] <= values[1] < math.inf):
-            raise UsageError(
-                f"{flag(name)} {_joined(values)} must be two numbers, the smaller one first"
-            )
+        if values and not (len(values) == 2 and 0 < values[0] <= values[1]):
+            raise UsageError(f"{_shown(args, name)} must be two numbers, the smaller one first")
     if args.decay_milestones != sorted(set(args.decay_milestones)):
-        raise UsageError(f"--decay-milestones {_joined(args.decay_milestones)} must increase")
-    if args.lr_noise and len(args.lr_noise) > 2:
-        raise UsageError(f"--lr-noise {_joined(args.lr_noise)} must be one or two numbers")
-    sizes = args.train_img_sizes
-    for name in ("train_batch_sizes", "train_size_probs"):
-        values = getattr(args, name)
-        if values and len(values) != len(sizes or ()):
-            raise UsageError(
-                f"{flag(name)} {_joined(values)} must be one value for each of "
-                f"--train-img-sizes {_joined(sizes or ['(not given)'])}"
-            )
-    probs = args.naflex_patch_size_probs
-    if probs and len(probs) != len(args.naflex_patch_sizes or ()):
-        raise UsageError(
-            f"--naflex-patch-size-probs {_joined(probs)} must be one value for each of "
-            f"--naflex-patch-sizes {_joined(args.naflex_patch_sizes or ['(not given)'])}"
-        )
+        raise UsageError(f"{_shown(args, 'decay_milestones')} must increase")
+    for name, other in PER_VALUE.items():
+        if getattr(args, name) and len(getattr(args, name)) != len(getattr(args, other) or ()):
+            raise UsageError(f"{_shown(args, name)} must be one for each of {_shown(args, other)}")
 
 
-def _check_policy(policy: str | None) -> None:
-    if not policy:
-        return
-    if policy.startswith("rand"):
-        build = rand_augment_transform
-    elif policy.startswith("augmix"):
-        build = augment_and_mix_transform
-    else:
-        build = auto_augment_transform
-    try:
-        build(policy, {"translate_const": 100, "img_mean": (124, 116, 104)})
-    except (AssertionError, ValueError, KeyError) as error:
-        reason = f": {error}" if str(error) else ""
-        raise UsageError(f"--aa {policy} is no policy that timm knows{reason}") from None
-
-
-def _check_combinations(args):
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    wrong = {
-        "--amp needs float32 weights: leave --model-dtype out, or --amp": args.amp
-        and args.model_dtype not in (None, "float32"),
-        f"--aug-repeats {args.aug_repeats:g} needs distributed training; leave it out": (
-            args.aug_repeats and not timm.utils.distributed.is_distributed_env()
-        ),
-        "--jsd-loss needs --aug-splits 2 or more": args.jsd_loss and args.aug_splits < 2,
-        "--split-bn needs --aug-splits 2 or more, or --resplit": args.split_bn
-        and args.aug_splits < 2
-        and not args.resplit,
-        "--split-bn and --sync-bn exclude each other": args.split_bn and args.sync_bn,
-        f"--aug-splits {args.aug_splits} needs --no-prefetcher with mixup or cutmix": (
-            args.aug_splits and mixing and not args.no_prefetcher
-        ),
-        f"--aug-splits {args.aug_splits} and --no-aug exclude each other": args.aug_splits
-        and args.no_aug,
-        f"--aug-splits {args.aug_splits} and --naflex-loader exclude each other": args.aug_splits
-        and args.naflex_loader,
-        "--train-img-sizes and --naflex-loader exclude each other": args.train_img_sizes
-        and args.naflex_loader,
-        "--train-img-sizes and --aug-splits exclude each other": args.train_img_sizes
-        and args.aug_splits,
-        "--use-multi-epochs-loader and --train-img-sizes exclude each other": (
-            args.use_multi_epochs_loader and args.train_img_sizes
-        ),
-        "--use-multi-epochs-loader and --naflex-loader exclude each other": (
-            args.use_multi_epochs_loader and args.naflex_loader
-        ),
-        f"--batch-size {args.batch_size} must be even with mixup or cutmix": mixing
-        and args.batch_size % 2
-        and not args.naflex_loader
-        and not args.train_batch_sizes,
-        f"--train-batch-sizes {_joined(args.train_batch_sizes)} must be even with mixup": mixing
-        and any(size % 2 for size in args.train_batch_sizes or ()),
-        "--mixup-mode half needs the prefetcher: leave --no-prefetcher out": mixing
-        and args.mixup_mode == "half"
-        and args.no_prefetcher,
-        "--torchscript and --torchcompile exclude each other": args.torchscript
-        and args.torchcompile,
-        "--torchscript and --sync-bn exclude each other": args.torchscript and args.sync_bn,
-        "--sched plateau works by epochs: leave --sched-on-updates out": args.sched == "plateau"
-        and args.sched_on_updates,
-        "--wandb-resume-id needs --resume": args.wandb_resume_id and not args.resume,
-        "--log-wandb needs wandb, which is not installed: pip install wandb": args.log_wandb
-        and importlib.util.find_spec("wandb") is None,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise UsageError(message)
-
-
-def _joined(values) -> str:
-    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
+def _shown(args: argparse.Namespace, name: str) -> str:
+    """Return a flag and its value as on the command line."""
+    value = getattr(args, name)
+    words = value if isinstance(value, list) else [] if value is True else [value]
+    return " ".join([flag(name), *map(str, words)])

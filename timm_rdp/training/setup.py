@@ -23,10 +23,10 @@ from timm_rdp.training.checkpoint import (
     load_ema,
     resume,
 )
+from timm_rdp.training.checks import check_limits, check_tta
 from timm_rdp.training.data import Data, check_data, create_data
 from timm_rdp.training.example import example_input
 from timm_rdp.training.interrupt import StopSignals
-from timm_rdp.training.limits import check_limits, check_tta
 from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
 from timm_rdp.training.resume import ResumableSampler, make_resumable
 

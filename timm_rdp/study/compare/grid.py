@@ -26,13 +26,11 @@ from timm_rdp.study.compare.cost import (
 )
 from timm_rdp.study.compare.runs import RDP_VARIANTS, RECIPE, variant_flags
 from timm_rdp.training.checkpoint import check_checkpoints
-from timm_rdp.training.checks import flag
-from timm_rdp.training.config import read_config
+from timm_rdp.training.checks import check_limits, flag
 from timm_rdp.training.data import check_data
 from timm_rdp.training.files import write_atomically
 from timm_rdp.training.flags import build_parser as build_training_parser
-from timm_rdp.training.limits import check_limits
-from timm_rdp.training.options import parse_args
+from timm_rdp.training.options import parse_args, read_config
 
 GRID = "grid.json"
 DEFAULT_RATE = 0.1
