@@ -376,7 +376,7 @@ def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--rdp", "--rdp-batch", "same"], "only the script can do"),
+        (["--rdp", "--rdp-batch", "same"], "only the script can go through its loop body"),
         (["--rdp-every", "2"], "--rdp-every needs --rdp"),
         (["--rdp", "--rdp-every", "0"], "--rdp-every 0 must be 1 or more"),
         (["--rdp", "--rdp-start-epoch", "-1"], "--rdp-start-epoch -1 must be 0 or more"),
