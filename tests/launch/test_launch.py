@@ -276,7 +276,7 @@ def test_one_optimizer_for_several_models_is_refused(scripts):
     both = "first = second = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)"
     script = TWO_MODELS.format(optimizers=both)
     for choice in ([], ["--rdp-model", 0]):
-        assert "so give each an optimizer" in scripts.refused(script, "--rdp", *choice)
+        assert "give each an optimizer of its own" in scripts.refused(script, "--rdp", *choice)
 
 
 def test_several_optimizers_for_one_model_are_refused(scripts):
@@ -406,6 +406,10 @@ def test_skip_dropped_reaches_the_model_that_is_trained(scripts):
     assert scripts.launch(script, "--skip-dropped") == 0
     assert "MaskedDropPath" in scripts.out
     assert "what DropPath drops is not computed" in scripts.err
+
+
+def test_a_function_that_the_script_compiles_is_left_alone(scripts):
+    assert scripts.launch(LOOP.replace("for _ in", "torch.compile(len)\nfor _ in"), "--rdp") == 0
 
 
 def test_the_script_sees_the_arguments_and_paths_that_python_would_give_it(scripts):

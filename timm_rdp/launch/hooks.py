@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,43 +22,36 @@ def hooked(run: LaunchedRun) -> Iterator[None]:
     """Have the factories of timm and torch tell `run` what the script makes."""
     with ExitStack() as stack:
 
-        def hook(
-            owner: Any, name: str, after: Callable | None = None, before: Callable | None = None
-        ) -> None:
+        def hook(owner: Any, name: str, tell: Callable, first: bool = False) -> None:
+            """Call tell(result, *args, **kwargs) after each call, or first, with None as result."""
             original = getattr(owner, name)
 
             @functools.wraps(original)
             def wrapped(*args: Any, **kwargs: Any) -> Any:
-                if before is not None:
-                    before(*args, **kwargs)
+                if first:
+                    tell(None, *args, **kwargs)
+                    return original(*args, **kwargs)
                 result = original(*args, **kwargs)
-                if after is not None:
-                    after(result, *args, **kwargs)
+                tell(result, *args, **kwargs)
                 return result
 
             setattr(owner, name, wrapped)
             stack.callback(setattr, owner, name, original)
 
-        def created(model: Any, model_name: str, *_: Any, **__: Any) -> None:
-            run.on_model(model_name, model)
-
         create_model = timm.create_model
         for path, module in list(sys.modules.items()):
             if path.split(".")[0] == "timm" and vars(module).get("create_model") is create_model:
-                hook(module, "create_model", created)
-        registration = register_module_module_registration_hook(lambda m, *_: run.on_container(m))
-        stack.callback(registration.remove)
+                hook(module, "create_model", run.on_model)
+        contains = lambda module, *_: run.containers.update({id(module): weakref.ref(module)})
+        stack.callback(register_module_module_registration_hook(contains).remove)
         hook(torch.optim.Optimizer, "__init__", lambda _, self, *a, **k: run.on_optimizer(self))
         hook(DistributedDataParallel, "__init__", lambda _, self, *a, **k: run.on_wrapper(self))
         hook(torch, "compile", lambda made, *_, **__: run.on_wrapper(made))
-        hook(torch.jit, "script", before=lambda obj, *_, **__: run.on_script(obj))
+        hook(torch.jit, "script", lambda _, obj, *a, **k: run.on_script(obj), first=True)
         if run.options.rdp_start_epoch:
             hook(Scheduler, "__init__", lambda *_, **__: run.on_epoch(0))
             for scheduler in (Scheduler, PlateauLRScheduler):
-                hook(scheduler, "step", before=lambda _, epoch, *a, **k: run.on_epoch(epoch))
-            hook(
-                Scheduler,
-                "step_update",
-                before=lambda _, num_updates, *a, **k: run.on_update(num_updates),
-            )
+                hook(scheduler, "step", lambda _, self, epoch, *a, **k: run.on_epoch(epoch))
+            update = lambda _, self, num_updates, *a, **k: run.on_update(num_updates)
+            hook(Scheduler, "step_update", update)
         yield

@@ -4,7 +4,6 @@ import argparse
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,6 +11,7 @@ from timm.models import get_model_input_config
 from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import nn
+from torch.optim import Optimizer
 
 from timm_rdp.args import from_args
 from timm_rdp.core.rdp import ResidualDropPath
@@ -23,32 +23,17 @@ STATE_KEY = "timm_rdp"  # of the optimizer's state dict
 _RECIPE = "docs/your_own_script.md shows the lines to add to the script instead"
 
 
-@dataclass
-class Created:
-    """A model that the script made by timm.create_model, in the order of creation."""
-
-    index: int
-    name: str
-    model: weakref.ref
-
-    def __str__(self) -> str:
-        return f"{self.index} ({self.name})"
-
-
 class LaunchedRun:
-    """What a launched script has made so far; each step of its optimizer is one iteration.
-
-    Args:
-        options: the launcher's own, parsed.
-    """
+    """What a launched script has made so far; each step of its optimizer is one iteration."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.created: list[Created] = []
-        self.trained: list[Created] = []
-        self.containers: dict[int, weakref.ref] = {}  # by id: a script's module may not hash
+        # By the name that messages give a model, "INDEX (NAME)", in the order of creation.
+        self.created: dict[str, weakref.ref] = {}
+        self.trained: dict[str, None] = {}
+        self.containers: dict[int, weakref.ref] = {}  # every module with others in it, by id
         self.wrappers: list[weakref.ref] = []
-        self.taken: Created | None = None
+        self.taken: str | None = None
         self.rdp: ResidualDropPath | None = None
         self.begin: Callable | None = None  # until the start epoch
         self.epoch: int | None = None  # of the script's timm scheduler, once there is one
@@ -56,61 +41,54 @@ class LaunchedRun:
         self.resumed = False
         self.refusal: UsageError | None = None
 
-    def on_model(self, name: str, model: nn.Module) -> None:
-        """The script created a model."""
-        self.created.append(Created(len(self.created), name, weakref.ref(model)))
+    def on_model(self, model: nn.Module, model_name: str, *_: object, **__: object) -> None:
+        """The script created a model by timm.create_model(model_name, ...)."""
+        self.created[f"{len(self.created)} ({model_name})"] = weakref.ref(model)
 
-    def on_container(self, module: nn.Module) -> None:
-        """The script put something into a module."""
-        self.containers[id(module)] = weakref.ref(module)
-
-    def on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_optimizer(self, optimizer: Optimizer) -> None:
         """The script created an optimizer: take its model, if that is one to take."""
         what = type(optimizer).__name__
         held = _ids(p for group in optimizer.param_groups for p in group["params"])
         if self.rdp is not None and held & _ids(self.rdp.model.parameters()):
             raise self.refuse(
-                f"the script makes a second optimizer, {what}, for the model {self.taken}: put "
-                f"its parameters into groups of one; {_RECIPE}"
+                f"the script makes a second optimizer, {what}, for the model {self.taken}: put its "
+                "parameters into groups of one"
             )
-        models = [(c, c.model()) for c in self.created]
-        new = [(c, m) for c, m in models if m is not None and held & _ids(m.parameters())]
+        models = {name: ref() for name, ref in self.created.items()}
+        new = {n: m for n, m in models.items() if m is not None and held & _ids(m.parameters())}
         if len(new) > 1:
             raise self.refuse(
-                f"one {what} trains the models {_listed(c for c, _ in new)}, which cannot share "
-                f"its steps, so give each an optimizer; {_RECIPE}"
+                f"one {what} trains the models {', '.join(new)}: give each an optimizer of its own"
             )
-        for created, model in new:
-            self.trained += [created] if created not in self.trained else []
+        for created, model in new.items():
+            self.trained[created] = None
             choice = self.options.rdp_model
-            fit = [c for c in self.trained if choice in (None, str(c.index), c.name)]
+            fit = [c for c in self.trained if choice in (None, *c.rstrip(")").split(" ("))]
             if len(fit) > 1:
                 raise self.refuse(
-                    f"the script trains {len(fit)} models: {_listed(fit)}; choose one with "
-                    + " or ".join(f"--rdp-model {c.index}" for c in fit)
+                    f"the script trains {len(fit)} models: {', '.join(fit)}; choose one with "
+                    + " or ".join(f"--rdp-model {c.split()[0]}" for c in fit)
                 )
             if created not in fit:
                 _logger.info(f"{what} trains the model {created}: left as it is")
             elif self.taken is None:
                 self._take(created, model, optimizer, held)
 
-    def _take(
-        self, created: Created, model: nn.Module, optimizer: torch.optim.Optimizer, held: set[int]
-    ) -> None:
+    def _take(self, created: str, model: nn.Module, optimizer: Optimizer, held: set[int]) -> None:
         name, example = type(optimizer).__name__, None
         target = self._what_is_trained(model, held)
         if target is None:
             raise self.refuse(
-                f"{name} trains parameters beside those of the model {created} and no module "
-                f"holds them all, so they could not be frozen with it; {_RECIPE}"
+                f"{name} trains parameters beside those of the model {created} and no module holds "
+                f"them all, to be frozen together; {_RECIPE}"
             )
         if target is not model:
             size = get_model_input_config(model)["input_size"]
             example = torch.empty((2, *size), device="meta")
-        wrappers = [w for r in self.wrappers if (w := r()) is not None]
-        wrapped = [target, *(w for w in wrappers if unwrap_model(w) is target)][-1]
+        alive = [w for r in self.wrappers if (w := r()) is not None]
+        wrappers = [w for w in alive if unwrap_model(w) is target]
         try:
-            self.rdp = rdp = from_args(wrapped, self.options, example)
+            self.rdp = rdp = from_args([target, *wrappers][-1], self.options, example)
         except ValueError as error:
             raise self.refuse(f"the script's model {created}: {error}") from None
         self.taken = created
@@ -120,9 +98,8 @@ class LaunchedRun:
             _logger.info(f"{what}: what DropPath drops is not computed")
             return
         optimizer.register_step_pre_hook(partial(self._before_step, rdp))
-        optimizer.register_state_dict_post_hook(
-            lambda _, state: state.update({STATE_KEY: rdp.state_dict()})
-        )
+        save = lambda _, state: state.update({STATE_KEY: rdp.state_dict()})
+        optimizer.register_state_dict_post_hook(save)
         optimizer.register_load_state_dict_pre_hook(partial(self._load_state, rdp))
         if self.options.rdp_start_epoch:
             self.begin = partial(rdp.attach, optimizer)
@@ -141,40 +118,35 @@ class LaunchedRun:
         projection; a classifier of one's own on a timm model is trained with it.
         """
         modules = [m for r in self.containers.values() if (m := r()) is not None]
-        around = [m for m in modules if _has(m, model)]
-        for task in around:
-            if isinstance(task, TrainingTask):
-                trained = unwrap_model(task.get_trainable_module())
-                if _has(trained, model):
-                    return trained
-        if held <= _ids(model.parameters()):
-            return model
-        whole = [m for m in around if m is unwrap_model(m) and held <= _ids(m.parameters())]
-        return min(whole, key=lambda m: len(list(m.modules())), default=None)
+        around = sorted((m for m in modules if _has(m, model)), key=lambda m: len([*m.modules()]))
+        tasks = [m.get_trainable_module() for m in around if isinstance(m, TrainingTask)]
+        for module in [*map(unwrap_model, tasks), model, *around]:
+            if module is unwrap_model(module) and held <= _ids(module.parameters()):
+                return module
+        return None
 
-    def on_wrapper(self, wrapper: nn.Module) -> None:
+    def on_wrapper(self, wrapper: object) -> None:
         """The script wrapped a module by torch.compile or DistributedDataParallel."""
+        if not isinstance(wrapper, nn.Module):
+            return
         self.wrappers.append(weakref.ref(wrapper))
         inside = unwrap_model(wrapper)
         if self.rdp is None or not _has(inside, self.rdp.model):
             return
         if inside is not self.rdp.model:
             raise self.refuse(
-                f"the script wraps {type(inside).__name__}, which has the model {self.taken} in "
-                f"it, by {type(wrapper).__name__}: wrap the model itself; {_RECIPE}"
+                f"{type(wrapper).__name__} wraps {type(inside).__name__}, which contains the model "
+                f"{self.taken}: wrap the model itself; {_RECIPE}"
             )
-        try:
-            self.rdp.follow(wrapper)
-        except ValueError as error:
-            raise self.refuse(str(error)) from None
+        self.rdp.follow(wrapper)
 
-    def on_script(self, module: nn.Module) -> None:
-        """The script compiled a module by torch.jit.script."""
-        for created in self.created:
-            if _has(module, created.model()):
+    def on_script(self, scripted: object) -> None:
+        """The script compiles something by torch.jit.script."""
+        for created, model in self.created.items():
+            if isinstance(scripted, nn.Module) and _has(scripted, model()):
                 raise self.refuse(
-                    f"the script compiles the model {created} by torch.jit.script, inside which "
-                    "nothing can be dropped or frozen; turn that off (timm's --torchscript)"
+                    f"model {created}: nothing can be dropped in what torch.jit.script makes; turn "
+                    "it off (--torchscript in timm's script)"
                 )
 
     def on_epoch(self, epoch: int) -> None:
@@ -216,15 +188,11 @@ class LaunchedRun:
             return
         given = {"seed": rdp.seed, "every": rdp.every}
         try:
-            rdp.load_state_dict(saved)
-        except (ValueError, KeyError, TypeError) as error:
+            rdp.load_state_dict({**saved, **given})
+        except (ValueError, TypeError) as error:
             raise self.refuse(f"ResidualDroppath's state in the checkpoint: {error}") from None
-        for name, now in given.items():
-            if saved[name] != now:
-                _logger.warning(
-                    f"--rdp-{name}: {saved[name]} in the checkpoint, {now} from here on"
-                )
-            setattr(rdp, name, now)
+        if (then := {name: saved.get(name) for name in given}) != given:
+            _logger.warning(f"the checkpoint is from {then}, this run goes on with {given}")
         _logger.info(f"ResidualDroppath goes on at cycle {saved['cycle']} ({saved['phase']})")
 
     def refuse(self, message: str) -> UsageError:
@@ -233,34 +201,24 @@ class LaunchedRun:
         return self.refusal
 
     def check_at_the_end(self) -> None:
-        """See to it, when the script is through, that it was trained with ResidualDroppath.
-
-        Raises:
-            UsageError: it was not.
-        """
+        """Raise a UsageError if the script that ended was not trained with ResidualDroppath."""
         if self.refusal is not None:
             raise self.refusal
         if self.taken is None:
             choice = self.options.rdp_model
             chosen = "" if choice is None else f" (--rdp-model {choice})"
+            trained = ", ".join(self.trained) or "none of them"
             raise UsageError(
                 f"nothing was taken over{chosen}: the script made {len(self.created)} models by "
-                "timm.create_model, and optimizers for "
-                f"{_listed(self.trained) or 'none of them'}; {_RECIPE}"
+                f"timm.create_model, and optimizers for {trained}; {_RECIPE}"
             )
         if self.rdp is not None and not self.stepped and not self.resumed:
-            raise UsageError(
-                f"--rdp did nothing: the script made no training iteration of model {self.taken}"
-            )
+            raise UsageError(f"--rdp: the script made no training iteration of model {self.taken}")
         if self.begin is not None:
             _logger.warning(
                 f"--rdp-start-epoch {self.options.rdp_start_epoch} was never reached: the script "
                 "trained with timm's own DropPath throughout"
             )
-
-
-def _listed(models: Iterable[Created]) -> str:
-    return ", ".join(map(str, models))
 
 
 def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:

@@ -17,14 +17,9 @@ from timm_rdp.launch.launched_run import LaunchedRun
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script that the command line names, and return its exit status.
+    """Run the script that the command line names, and return the exit status.
 
-    Args:
-        argv: the command line without the program, None for that of this process.
-
-    Returns:
-        0, or 2 where the script cannot be trained with ResidualDroppath. What the script raises,
-        SystemExit included, goes through.
+    2: it cannot be trained with ResidualDroppath. What the script raises goes through.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -76,24 +71,20 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     script, script_args = rest[0], rest[1:] + argv[end:]
     if not os.path.isfile(script):
         raise UsageError(f"SCRIPT {script}: there is no such file; check the path")
-    for text in argv[:end]:
-        name = text.partition("=")[0]
-        known = parser._option_string_actions
-        if name.startswith("--rdp") and name not in known:
+    known = parser._option_string_actions
+    for name in (text.partition("=")[0] for text in argv[:end] if text.startswith("--rdp")):
+        if name not in known:
             raise UsageError(f"{name} is no option of timm-rdp launch{nearest(name, known)}")
-        if name.startswith("--rdp-") and not (options.rdp or options.skip_dropped):
+        if not (options.rdp or options.skip_dropped):
             raise UsageError(f"{name} needs --rdp; add it")
     if options.rdp_batch == "same":
         raise UsageError(
             "--rdp-batch same cannot be launched: only the script can go through its loop body "
             "twice for a batch; leave it out, or add the lines of docs/your_own_script.md"
         )
-    for name, value, least in (
-        ("--rdp-every", options.rdp_every, 1),
-        ("--rdp-start-epoch", options.rdp_start_epoch, 0),
-    ):
-        if value < least:
-            raise UsageError(f"{name} {value} must be {least} or more")
+    for name, least in (("rdp_every", 1), ("rdp_start_epoch", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be {least} or more")
     # Read by from_args where there is no --rdp-seed.
     seeds = re.findall(r"^--seed[=\n](-?\d+)$", "\n".join(script_args), re.MULTILINE)
     options.seed = int(seeds[-1]) if seeds else None
@@ -112,12 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="timm-rdp launch",
         usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-every N] [--rdp-seed N] ...",
-        description="Run a timm-style training script as it is, with ResidualDroppath added to it. "
-        "The options below are taken out of ARGS; the others are the script's. Without --rdp the "
-        "script runs as it would without the launcher.",
-        epilog="The model has to be made by timm.create_model with a drop_path_rate above 0: "
-        "timm's own train.py takes it as --drop-path. The state of the cycles rides in the "
-        "optimizer's state, so a script that saves and loads that resumes where it stood.",
+        description="Run an unmodified training script with ResidualDroppath. The options below "
+        "are taken out of ARGS; the others are the script's.",
+        epilog="The script makes its model by timm.create_model with a drop_path_rate above 0 "
+        "(--drop-path in timm's own). The optimizer's state holds that of the cycles.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -125,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--rdp-model",
         metavar="INDEX|NAME",
-        help="which model to train with ResidualDroppath where the script trains several: its name "
-        "in timm, or its index in the order of creation, from 0",
+        help="which model, where the script trains several: its name in timm, or its index in the "
+        "order of creation, from 0",
     )
     parser.set_defaults(rdp_batch="next")
     batch = parser._option_string_actions["--rdp-batch"]
@@ -150,7 +139,3 @@ def _logging_to_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = level, propagate
-
-
-if __name__ == "__main__":
-    sys.exit(main())
