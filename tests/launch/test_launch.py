@@ -1,9 +1,7 @@
 """`timm-rdp launch`: RDP for scripts that know nothing of it."""
 
-import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,7 +87,8 @@ def test_without_rdp_nothing_is_hooked(scripts):
 
 
 def test_a_launched_script_equals_a_loop_of_iterations(scripts):
-    launched = scripts.saved_by(PLAIN, "--drop-path", 0.4, "--updates", 12, "--rdp")
+    args = ("--drop-path", 0.4, "--updates", 12, "--seed", 7)
+    launched = scripts.saved_by(PLAIN, *args, "--rdp")
 
     images, labels = digit_images(64)
     torch.manual_seed(7)
@@ -124,12 +123,11 @@ def test_a_launched_script_equals_a_loop_of_iterations(scripts):
 def test_a_timm_style_script_equals_the_one_with_iterations_written_into_it(scripts, args):
     if "--compile" in args:
         torch.compiler.reset()
-    launched = scripts.saved_by(TIMM_STYLE, "--drop-path", 0.4, *args, "--rdp")
+    args = ["--drop-path", 0.4, "--seed", 42, *args]
+    launched = scripts.saved_by(TIMM_STYLE, *args, "--rdp")
     example = "torch.empty(2, 3, 32, 32)" if "feature" in args else "None"
-    explicit = scripts.saved_by(
-        with_explicit_iterations(TIMM_STYLE, example), "--drop-path", 0.4, *args
-    )
-    plain = scripts.saved_by(TIMM_STYLE, "--drop-path", 0.4, *args)
+    explicit = scripts.saved_by(with_explicit_iterations(TIMM_STYLE, example), *args)
+    plain = scripts.saved_by(TIMM_STYLE, *args)
     for key in MODEL_STATES:
         assert same_bits(launched.get(key), explicit.get(key)), key
     assert same_bits(launched["optimizer"]["state"], explicit["optimizer"]["state"])
@@ -152,7 +150,15 @@ def test_the_model_that_was_taken_is_logged(scripts):
 
 
 @pytest.mark.parametrize(
-    ("args", "seed"), [([], 7), (["--seed", "11"], 11), (["--rdp-seed", "5"], 5)]
+    ("args", "seed"),
+    [
+        ([], 0),
+        (["--seed", "11"], 11),
+        (["--seed=12"], 12),
+        (["--seed", "11", "--seed=-3"], -3),
+        (["--rdp-seed", "5"], 5),
+        (["--seed", "11", "--rdp-seed", "5"], 5),
+    ],
 )
 def test_the_masks_are_from_rdp_seed_or_else_from_the_scripts_seed(scripts, args, seed):
     saved = scripts.saved_by(PLAIN, "--drop-path", 0.4, "--updates", 1, *args, "--rdp")
@@ -257,7 +263,9 @@ def test_several_trained_models_are_an_error_that_says_how_to_choose(scripts):
         classes[taken] = "MaskedDropPath"
         assert scripts.out.splitlines() == 4 * [str(classes)]
         assert f"SGD trains the model {('1 (test_vit2)', '0 (test_vit)')[taken]}" in scripts.err
-    assert "trains no such model" in scripts.refused(script, "--rdp", "--rdp-model", "resnet50")
+    assert "nothing was taken over (--rdp-model resnet50)" in scripts.refused(
+        script, "--rdp", "--rdp-model", "resnet50"
+    )
     alike = script.replace("test_vit2", "test_vit")
     assert "--rdp-model 0 or --rdp-model 1" in scripts.refused(
         alike, "--rdp", "--rdp-model", "test_vit"
@@ -268,7 +276,7 @@ def test_one_optimizer_for_several_models_is_refused(scripts):
     both = "first = second = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)"
     script = TWO_MODELS.format(optimizers=both)
     for choice in ([], ["--rdp-model", 0]):
-        assert "so give each an optimizer" in scripts.refused(script, "--rdp", *choice)
+        assert "give each an optimizer of its own" in scripts.refused(script, "--rdp", *choice)
 
 
 def test_several_optimizers_for_one_model_are_refused(scripts):
@@ -306,6 +314,10 @@ for _ in range(2):
     assert scripts.out.split() == ["False", "True"]  # trained, then frozen
     assert "VisionTransformer within Net" in scripts.err
 
+    parts = script.replace("net.parameters()", "[*net.top.parameters(), *net.body.parameters()]")
+    assert scripts.launch(parts, "--rdp") == 0
+    assert scripts.out.split() == ["False", "True"]
+
     apart = script.replace("net.parameters()", "[*net.parameters(), nn.Parameter(torch.ones(1))]")
     assert "no module holds them all" in scripts.refused(apart, "--rdp")
 
@@ -329,8 +341,8 @@ for _ in range(2):
         (LOOP.replace("0.4", "0.0"), "no residual path that can be dropped"),
         (LOOP.replace("test_vit", "mobilenetv1_100").replace("img_size=32, ", ""), "no DropPath"),
         (LOOP.replace("model(images)", "model.forward_features(images)"), "call the model itself"),
-        (LOOP.replace("range(2)", "range(0)"), "without one training iteration"),
-        ("import timm; timm.create_model('test_vit')", "no optimizer for any of them"),
+        (LOOP.replace("range(2)", "range(0)"), "made no training iteration"),
+        ("import timm; timm.create_model('test_vit')", "optimizers for none of them"),
         ("print('hello')", "made 0 models by timm.create_model"),
         (LOOP.replace("optimizer =", "torch.jit.script(model); optimizer ="), "torch.jit.script"),
         (
@@ -364,8 +376,8 @@ def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--rdp", "--rdp-batch", "same"], "only the script can do"),
-        (["--rdp-every", "2"], "--rdp-every 2 needs --rdp"),
+        (["--rdp", "--rdp-batch", "same"], "only the script can go through its loop body"),
+        (["--rdp-every", "2"], "--rdp-every needs --rdp"),
         (["--rdp", "--rdp-every", "0"], "--rdp-every 0 must be 1 or more"),
         (["--rdp", "--rdp-start-epoch", "-1"], "--rdp-start-epoch -1 must be 0 or more"),
         (["--rdp", "--rdp-evry", "2"], "did you mean --rdp-every"),
@@ -394,6 +406,10 @@ def test_skip_dropped_reaches_the_model_that_is_trained(scripts):
     assert scripts.launch(script, "--skip-dropped") == 0
     assert "MaskedDropPath" in scripts.out
     assert "what DropPath drops is not computed" in scripts.err
+
+
+def test_a_function_that_the_script_compiles_is_left_alone(scripts):
+    assert scripts.launch(LOOP.replace("for _ in", "torch.compile(len)\nfor _ in"), "--rdp") == 0
 
 
 def test_the_script_sees_the_arguments_and_paths_that_python_would_give_it(scripts):
@@ -433,11 +449,13 @@ def test_help_shows_the_options_of_the_launcher_and_of_the_script(scripts, capsy
     assert not exit_.value.code
     assert "--rdp-every" in scripts.out and "--updates" in scripts.out
     assert main(["--help"]) == 0
-    assert "--rdp-model" in capsys.readouterr().out
+    help_ = capsys.readouterr().out
+    assert "--rdp-model" in help_ and "always next here" in help_
+    assert "default: same" not in help_ + scripts.out
 
 
 def test_every_hook_is_taken_back(scripts):
-    def hooked() -> list[Callable]:
+    def hooked() -> list[object]:
         return [
             timm.create_model,
             timm.models.create_model,
@@ -445,7 +463,7 @@ def test_every_hook_is_taken_back(scripts):
             nn.parallel.DistributedDataParallel.__init__,
             torch.compile,
             torch.jit.script,
-            argparse.ArgumentParser.parse_known_args,
+            list(nn.modules.module._global_module_registration_hooks),
             Scheduler.step,
             Scheduler.step_update,
             Scheduler.__init__,

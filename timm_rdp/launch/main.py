@@ -3,32 +3,23 @@
 import argparse
 import logging
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from timm_rdp.args import add_rdp_args
-from timm_rdp.errors import UsageError, nearest
+from timm_rdp.errors import UsageError, nearest, report
 from timm_rdp.launch.hooks import hooked
-from timm_rdp.launch.takeover import Takeover
-
-_SAME_BATCH = (
-    "--rdp-batch same cannot be launched: giving a batch both iterations of a cycle means going "
-    "through the script's loop body twice, which only the script can do; leave it out (next: "
-    "batches alternate), or add the lines of docs/your_own_script.md to the script"
-)
+from timm_rdp.launch.launched_run import LaunchedRun
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script that the command line names, and return its exit status.
+    """Run the script that the command line names, and return the exit status.
 
-    Args:
-        argv: the command line without the program, None for that of this process.
-
-    Returns:
-        0, or 2 where the script cannot be trained with ResidualDroppath. What the script raises,
-        SystemExit included, goes through.
+    2: it cannot be trained with ResidualDroppath. What the script raises goes through.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -36,30 +27,26 @@ def main(argv: list[str] | None = None) -> int:
             _parser().print_help()
             return 0
         options, script, script_args = _parse(argv)
-        if not (options.rdp or options.skip_dropped):
+        if options.rdp or options.skip_dropped:
+            _launch(options, script, script_args)
+        else:
             _run(script, script_args)
-            return 0
-        _launch(options, script, script_args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 
 def _launch(options: argparse.Namespace, script: str, script_args: list[str]) -> None:
     """Run the script with the hooks in place, and see to it that they did something."""
-    takeover = Takeover(options)
-    finished = None
-    with _logging_to_stderr(), hooked(takeover):
+    run = LaunchedRun(options)
+    with _logging_to_stderr(), hooked(run):
         try:
             _run(script, script_args)
         except SystemExit as exit_:
-            if exit_.code not in (None, 0) or "--help" in script_args:
-                raise
-            finished = exit_
-        takeover.check_at_the_end()
-    if finished is not None:
-        raise finished
+            if exit_.code in (None, 0) and "--help" not in script_args:
+                run.check_at_the_end()
+            raise
+        run.check_at_the_end()
 
 
 def _run(script: str, script_args: list[str]) -> None:
@@ -76,41 +63,39 @@ def _run(script: str, script_args: list[str]) -> None:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     """The launcher's options, the script, and the script's own arguments in their order."""
     end = argv.index("--") if "--" in argv else len(argv)
-    options, rest = _parser().parse_known_args(argv[:end])
-    rest += argv[end:]
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv[:end])
     if not rest or rest[0].startswith("-"):
         given = f", not {rest[0]}" if rest else ""
         raise UsageError(f"timm-rdp launch takes the path of a script first{given}")
-    script, script_args = rest[0], rest[1:]
+    script, script_args = rest[0], rest[1:] + argv[end:]
     if not os.path.isfile(script):
         raise UsageError(f"SCRIPT {script}: there is no such file; check the path")
-    known = [f"--{name.replace('_', '-')}" for name in vars(options)]
-    for text in rest[1 : len(rest) - (len(argv) - end)]:
-        name = text.partition("=")[0]
-        if name.startswith("--rdp"):
+    known = parser._option_string_actions
+    for name in (text.partition("=")[0] for text in argv[:end] if text.startswith("--rdp")):
+        if name not in known:
             raise UsageError(f"{name} is no option of timm-rdp launch{nearest(name, known)}")
+        if not (options.rdp or options.skip_dropped):
+            raise UsageError(f"{name} needs --rdp; add it")
+    if options.rdp_batch == "same":
+        raise UsageError(
+            "--rdp-batch same cannot be launched: only the script can go through its loop body "
+            "twice for a batch; leave it out, or add the lines of docs/your_own_script.md"
+        )
+    for name, least in (("rdp_every", 1), ("rdp_start_epoch", 0)):
+        if (value := getattr(options, name)) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be {least} or more")
+    # Read by from_args where there is no --rdp-seed.
+    seeds = re.findall(r"^--seed[=\n](-?\d+)$", "\n".join(script_args), re.MULTILINE)
+    options.seed = int(seeds[-1]) if seeds else None
     if "--help" in script_args:
-        _parser().print_help()
+        parser.print_help()
         print(f"\n{script} --help:\n", flush=True)
-    _check(options)
     return options, script, script_args
 
 
-def _check(options: argparse.Namespace) -> None:
-    if not options.rdp:
-        for name, value in vars(options).items():
-            if name.startswith("rdp_") and value is not None and not options.skip_dropped:
-                raise UsageError(f"--{name.replace('_', '-')} {value} needs --rdp; add it")
-    if options.rdp_batch == "same":
-        raise UsageError(_SAME_BATCH)
-    if options.rdp_every is not None and options.rdp_every < 1:
-        raise UsageError(f"--rdp-every {options.rdp_every} must be 1 or more")
-    if options.rdp_start_epoch is not None and options.rdp_start_epoch < 0:
-        raise UsageError(f"--rdp-start-epoch {options.rdp_start_epoch} must be 0 or more")
-
-
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
@@ -118,13 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="timm-rdp launch",
         usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-every N] [--rdp-seed N] ...",
-        description="Run a timm-style training script as it is, with ResidualDroppath added to it. "
-        "The options below are taken out of ARGS; the others are the script's. Without --rdp the "
-        "script runs as it would without the launcher.",
-        epilog="The script's own loop performs the iterations, so --rdp-batch is always next here. "
-        "The model has to be made by timm.create_model with a drop_path_rate above 0: timm's own "
-        "train.py takes it as --drop-path. The state of the cycles rides in the optimizer's state, "
-        "so a script that saves and loads that resumes where it stood.",
+        description="Run an unmodified training script with ResidualDroppath. The options below "
+        "are taken out of ARGS; the others are the script's.",
+        epilog="The script makes its model by timm.create_model with a drop_path_rate above 0 "
+        "(--drop-path in timm's own). The optimizer's state holds that of the cycles.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -132,11 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--rdp-model",
         metavar="INDEX|NAME",
-        help="which model to train with ResidualDroppath where the script trains several: its name "
-        "in timm, or its index in the order of creation, from 0",
+        help="which model, where the script trains several: its name in timm, or its index in the "
+        "order of creation, from 0",
     )
-    # None: not given. What that means is settled where the option is used.
-    parser.set_defaults(**{a.dest: None for a in group._group_actions if a.dest != "rdp"})
+    parser.set_defaults(rdp_batch="next")
+    batch = parser._option_string_actions["--rdp-batch"]
+    batch.help = "always next here: batches alternate between droppath and complement iterations"
     return parser
 
 
@@ -144,10 +127,8 @@ def _parser() -> argparse.ArgumentParser:
 def _logging_to_stderr() -> Iterator[None]:
     """Show this package's messages whatever the script does with its own logging."""
     logger = logging.getLogger("timm_rdp")
-    if int(os.environ.get("RANK", 0)) != 0:
-        yield
-        return
-    handler = logging.StreamHandler()
+    first_rank = int(os.environ.get("RANK", 0)) == 0
+    handler = logging.StreamHandler() if first_rank else logging.NullHandler()
     handler.setFormatter(logging.Formatter("timm-rdp: %(message)s"))
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -158,7 +139,3 @@ def _logging_to_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = level, propagate
-
-
-if __name__ == "__main__":
-    sys.exit(main())
