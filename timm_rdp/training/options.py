@@ -15,7 +15,7 @@ from timm_rdp.training.checks import check_options
 from timm_rdp.training.config import read_config
 from timm_rdp.training.demo import prepare_demo
 from timm_rdp.training.flags import build_parser
-from timm_rdp.training.img_size import img_size_kwargs
+from timm_rdp.training.inputs import img_size_kwargs
 
 __all__ = ["args_text", "build_parser", "img_size_kwargs", "parse_args", "recipe"]
 

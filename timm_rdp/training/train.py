@@ -34,7 +34,7 @@ from timm_rdp.training.checkpoint import (
 )
 from timm_rdp.training.data import check_data, close_data, create_data
 from timm_rdp.training.evaluate import evaluate
-from timm_rdp.training.example import example_input
+from timm_rdp.training.inputs import example_input
 from timm_rdp.training.interrupt import Interruption, Stopped
 from timm_rdp.training.limits import check_limits, check_tta
 from timm_rdp.training.loop import (
