@@ -1,32 +1,28 @@
-"""Data sets and loaders, made by timm's factories with the arguments of timm's script."""
+"""The loaders of a run, made by timm's factories with the arguments of timm's script."""
 
 import argparse
 import logging
-import os
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
-    ImageDataset,
     Mixup,
     NaFlexMixup,
-    create_dataset,
     create_loader,
     create_naflex_loader,
 )
-from timm.data.dataset_factory import _search_split
-from timm.data.readers import create_reader
-from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import is_primary
 from torch import nn
 
-from timm_rdp.errors import DataError, UsageError, one_line, refused_with
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.training.dataset import check_data, check_outputs, make_dataset
 from timm_rdp.training.inputs import check_model_takes, patch_size
+
+__all__ = ["Data", "check_data", "close_data", "create_data", "mixup_active"]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,47 +53,6 @@ def mixup_active(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def check_data(args: argparse.Namespace) -> int | None:
-    """Check the data folder before there is a model: both splits, their classes, their number.
-
-    Returns:
-        the number of classes, or None for a data set that is not a folder or a tar.
-
-    Raises:
-        UsageError: a folder is missing or empty, the splits differ in their classes, or the classes
-            do not fit `--num-classes` or, without it, the model's own number.
-    """
-    if not _is_folder(args):
-        return None
-    root = args.data_dir
-    if not root:
-        raise UsageError(f"--dataset {args.dataset} needs --data-dir FOLDER")
-    train_root, val_root = (
-        _split_root(root, split) for split in (args.train_split, args.val_split)
-    )
-    train = _reader(train_root, args.class_map, args.input_key)
-    if args.val_split:
-        if train_root != root and val_root == root:
-            raise UsageError(
-                f"--data-dir {root} has no folder for --val-split {args.val_split}; make one, or "
-                "give --val-split '' to train without validation"
-            )
-        if train_root == root and val_root != root:
-            raise UsageError(
-                f"--data-dir {root} has no folder for --train-split {args.train_split}"
-            )
-        if train_root == val_root:
-            _logger.warning(f"{root} is not split: validation sees the images of training")
-        val = _reader(val_root, args.class_map, args.input_key)
-        if not args.class_map:
-            _check_same_classes(set(train.class_to_idx), set(val.class_to_idx), args)
-    if args.class_map:
-        return max(train.class_to_idx.values()) + 1
-    count = len(train.class_to_idx)
-    _check_class_count(count, args)
-    return count
-
-
 def create_data(
     args: argparse.Namespace,
     data_config: dict[str, Any],
@@ -119,17 +74,13 @@ def create_data(
     """
     check_model_takes(args, data_config, model)
     img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
-    train = _dataset(args, args.train_split, img_mode, is_training=True)
-    val = _dataset(args, args.val_split, img_mode, is_training=False) if args.val_split else None
+    train = make_dataset(args, img_mode, is_training=True)
+    val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
     # Some data sets tell their classes only once they are made.
-    classes = getattr(train, "classes", None) or getattr(train.reader, "class_to_idx", None)
-    _check_outputs(len(classes or ()), args.num_classes, args)
-    if args.demo and is_primary(args):
-        _logger.info(
-            f"Demo: training on {len(train)} of scikit-learn's handwritten digits, in "
-            f"{args.data_dir}. For your own images give --data-dir FOLDER, with FOLDER/train and "
-            "FOLDER/validation, each of one folder of images per class."
-        )
+    reader = getattr(train, "reader", None)
+    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None)
+    check_outputs(len(classes or ()), args.num_classes, args)
+    _log_demo(args, len(train))
     common = dict(
         mean=data_config["mean"],
         std=data_config["std"],
@@ -139,7 +90,6 @@ def create_data(
         distributed=args.distributed,
         use_prefetcher=not args.no_prefetcher,
     )
-    scheduled = args.train_img_sizes is not None
     with refused_with("timm cannot make a loader with these options"):
         make = partial(_naflex_loaders, model) if args.naflex_loader else _image_loaders
         train_loader, val_loader, mixup_fn = make(args, data_config, train, val, common)
@@ -148,17 +98,17 @@ def create_data(
             f"--batch-size {args.batch_size} is more than the {len(train)} training images there "
             "are, so that an epoch has no batch; give a smaller one"
         )
-    batch_size = float(args.batch_size)
+    scheduled = args.train_img_sizes is not None
     if scheduled:
-        batch_size = train_loader.batch_sampler.average_batch_size
         _log_schedule(args, train_loader.batch_sampler)
+    sizes = train_loader.batch_sampler.average_batch_size if scheduled else args.batch_size
     return Data(
         train=train_loader,
         eval=val_loader,
         mixup_fn=mixup_fn,
         mixup_active=mixup_active(args),
         num_aug_splits=args.aug_splits,
-        batch_size_reference=batch_size,
+        batch_size_reference=float(sizes),
         naflex=args.naflex_loader,
         scheduled=scheduled,
     )
@@ -176,70 +126,6 @@ def close_data(data: Data) -> None:
             shut_down = getattr(getattr(loader, name, None), "_shutdown_workers", None)
             if shut_down:
                 shut_down()
-
-
-class _StrictImageDataset(ImageDataset):
-    """timm's data set, but an unreadable image is an error that names it, not a skipped sample."""
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            file, target = self.reader[index]
-            with file:
-                image = Image.open(file).convert(self.input_img_mode)
-        except Exception as error:  # PIL's plugins raise nearly everything
-            name = self.reader.filename(index, absolute=True)
-            raise DataError(f"the image {name} cannot be read: {one_line(error)}") from error
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, -1 if target is None else target
-
-
-def _is_folder(args: argparse.Namespace) -> bool:
-    """Whether timm would read the data set as a folder of class folders, or as a tar of one."""
-    prefix, separator, _ = args.dataset.partition("/")
-    return not (separator and prefix.lower() in ("torch", "hfds", "hfids", "tfds", "wds"))
-
-
-def _split_root(root: str, split: str) -> str:
-    return _search_split(root, split) if os.path.isdir(root) else root
-
-
-@lru_cache(maxsize=2)
-def _reader(root: str, class_map: str, input_key: str | None) -> Any:
-    """Scan a folder; once a process, because a large one on a network takes minutes."""
-    if not os.path.exists(root):
-        raise UsageError(f"the data folder {root} does not exist")
-    with refused_with(f"the data {root} cannot be read"):
-        try:
-            return create_reader("", root=root, class_map=class_map, input_key=input_key)
-        except RuntimeError:
-            raise UsageError(f"the data folder {root} holds no images in class folders") from None
-
-
-def _dataset(args: argparse.Namespace, split: str, img_mode: str, is_training: bool) -> Any:
-    if _is_folder(args):
-        reader = _reader(_split_root(args.data_dir, split), args.class_map, args.input_key)
-        return _StrictImageDataset(args.data_dir, reader=reader, input_img_mode=img_mode)
-    only_training = dict(seed=args.seed, repeats=args.epoch_repeats) if is_training else {}
-    with refused_with(f"--dataset {args.dataset} (split {split}) in --data-dir {args.data_dir}"):
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            input_img_mode=img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=args.train_num_samples if is_training else args.val_num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **only_training,
-        )
-    if type(dataset) is ImageDataset:
-        dataset.__class__ = _StrictImageDataset
-    return dataset
 
 
 Loaders = tuple[Any, Any | None, Mixup | None]  # training, validation, mixup left to the loop
@@ -347,43 +233,19 @@ def _val_kwargs(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[s
     )
 
 
+def _log_demo(args: argparse.Namespace, images: int) -> None:
+    if args.demo and is_primary(args):
+        _logger.info(
+            f"Demo: training on {images} of scikit-learn's handwritten digits, in "
+            f"{args.data_dir}. For your own images give --data-dir FOLDER, with FOLDER/train and "
+            "FOLDER/validation, each of one folder of images per class."
+        )
+
+
 def _log_schedule(args: argparse.Namespace, sampler: Any) -> None:
     if is_primary(args):
         _logger.info(
             f"Scheduled image sizes {args.train_img_sizes} with batch sizes {sampler.batch_sizes} "
             f"({args.train_size_schedule}): {len(sampler)} batches per epoch of "
             f"{sampler.average_batch_size:.2f} images on average"
-        )
-
-
-def _check_same_classes(train: set[str], val: set[str], args: argparse.Namespace) -> None:
-    for names, split in ((train - val, args.val_split), (val - train, args.train_split)):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise UsageError(
-                f"--data-dir {args.data_dir}: the two splits must have the same classes, but "
-                f"{len(names)} of them ({some}) have no images in {split}"
-            )
-
-
-def _check_class_count(count: int, args: argparse.Namespace) -> None:
-    """Compare the data's classes with `--num-classes` or, without it, with the model's outputs."""
-    if args.num_classes is not None:
-        if count != args.num_classes:
-            raise UsageError(
-                f"--num-classes {args.num_classes} does not fit --data-dir {args.data_dir}, which "
-                f"has {count} classes; give --num-classes {count}"
-            )
-        return
-    source, name = parse_model_name(args.model)
-    config = None if source else get_pretrained_cfg(name)
-    if config:
-        _check_outputs(count, config.num_classes, args)
-
-
-def _check_outputs(count: int, outputs: int, args: argparse.Namespace) -> None:
-    if count > outputs:
-        raise UsageError(
-            f"--data-dir {args.data_dir} has {count} classes, but {args.model} has {outputs} "
-            f"outputs; give --num-classes {count}"
         )
