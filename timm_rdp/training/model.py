@@ -155,10 +155,10 @@ def _create(args: argparse.Namespace) -> nn.Module:
             **kwargs,
         )
     except UsageError as error:
-        if args.pretrained_path and "state_dict" in str(error):
-            what = f"--pretrained-path {args.pretrained_path}: does not fit"
-            raise UsageError(f"{what}: {error}") from error
-        raise
+        if not args.pretrained_path:
+            raise
+        fit = "does not fit: " if "state_dict" in str(error) else ""
+        raise UsageError(f"--pretrained-path {args.pretrained_path}: {fit}{error}") from error
 
 
 def _init_head(model: Any, args: argparse.Namespace) -> None:
