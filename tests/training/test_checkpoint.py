@@ -176,8 +176,8 @@ FLAGS = {
         ("a list", "holds no weights"),
         ("exploit", "nothing was run"),
         ("old exploit", "nothing was run"),
-        ("other shapes", "differ in shape"),
-        ("other model", "it lacks"),
+        ("other shapes", ") instead of ("),
+        ("other model", ": missing instead of ("),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(

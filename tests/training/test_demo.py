@@ -59,7 +59,7 @@ def test_what_is_written_is_used_again_even_without_scikit_learn(tmp_path, monke
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(images, targets, folder):
-        (folder / "train").mkdir()
+        (folder / "train").mkdir(parents=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

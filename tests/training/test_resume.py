@@ -9,7 +9,7 @@ from runs import RESNET, VIT, checkpoint, flags, rows, run
 from torch.utils.data import DataLoader
 
 from timm_rdp.training import loop, train
-from timm_rdp.training.data import _StrictImageDataset
+from timm_rdp.training.dataset import _StrictImageDataset
 from timm_rdp.training.resume import make_resumable
 
 EVERYTHING = (

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.errors import UsageError, nearest
-from timm_rdp.training.img_size import img_size_kwargs
+from timm_rdp.training.inputs import img_size_kwargs
 
 # Heading and text of each column of the table; a row is one of describe()'s "paths".
 COLUMNS = (

@@ -1,13 +1,13 @@
 """The bundled demo: scikit-learn's handwritten digits, written once as an image folder."""
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from PIL import Image
 
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import UsageError, refused_with
 
 CACHE_VARIABLE = "TIMM_RDP_CACHE"
 VALIDATION_SHARE = 5  # every fifth image of a class
@@ -36,31 +36,21 @@ def prepare_demo(root: Path | None = None) -> Path:
             "the demo needs scikit-learn, which is not installed: pip install scikit-learn, "
             "or train on images of your own with --data-dir FOLDER"
         ) from None
-    digits = load_digits()
-    try:
+    digits: Any = load_digits()
+    with refused_with(f"the demo's images (set {CACHE_VARIABLE} to a folder that can be written)"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix="digits-v1-", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(
-            f"the demo's images cannot be written to {folder}: {error.strerror}; "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
-        ) from None
-    try:
-        _write(digits.images, digits.target, unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # another process was not faster either
-            raise UsageError(
-                f"the demo's images cannot be written to {folder}: {error.strerror}; "
-                f"set {CACHE_VARIABLE} to a folder that can be written"
-            ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with TemporaryDirectory(prefix="digits-v1-", dir=folder.parent) as temporary:
+            unfinished = Path(temporary, "digits")
+            _write(digits.images, digits.target, unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # another process was not faster either
+                    raise
     return folder
 
 
-def _write(images, targets, folder: Path) -> None:
+def _write(images: Any, targets: Any, folder: Path) -> None:
     seen = dict.fromkeys(range(10), 0)
     for index, (pixels, digit) in enumerate(zip(images, targets.tolist(), strict=True)):
         split = "validation" if seen[digit] % VALIDATION_SHARE == 0 else "train"

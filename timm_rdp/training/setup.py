@@ -25,7 +25,7 @@ from timm_rdp.training.checkpoint import (
 )
 from timm_rdp.training.checks import check_limits, check_tta
 from timm_rdp.training.data import Data, check_data, create_data
-from timm_rdp.training.example import example_input
+from timm_rdp.training.inputs import example_input
 from timm_rdp.training.interrupt import StopSignals
 from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
 from timm_rdp.training.resume import ResumableSampler, make_resumable

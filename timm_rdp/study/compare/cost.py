@@ -18,7 +18,7 @@ from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import UsageError
 from timm_rdp.study.compare.flops import FlopCounter
 from timm_rdp.training.data import close_data, create_data
-from timm_rdp.training.example import example_input
+from timm_rdp.training.inputs import example_input
 from timm_rdp.training.model import build_model, setup_precision
 
 # What `count_costs` counts of a model that has paths beside "update".

@@ -16,7 +16,7 @@ from torch import nn
 import timm_rdp
 from timm_rdp.errors import UsageError
 from timm_rdp.training.checkpoint import read_checkpoint
-from timm_rdp.training.img_size import img_size_kwargs
+from timm_rdp.training.inputs import img_size_kwargs
 
 # What timm's data config and constructor need to know of how a checkpoint was trained.
 SETTINGS = ("num_classes", "img_size", "input_size", "in_chans", "model_kwargs", "gp")
