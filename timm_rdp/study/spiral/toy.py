@@ -1,6 +1,8 @@
 """The paper's toy: two spirals, and a residual network of linear layers that tells them apart."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,11 @@ class ToyNet(nn.Module):
         return {"paths": paths, "blocks": blocks}
 
 
+def accuracy(model: ToyNet, data: tuple[Tensor, Tensor]) -> float:
+    """Share of the points, (coordinates, classes), that the network tells right."""
+    return (model(data[0]).argmax(1) == data[1]).float().mean().item()
+
+
 def train(
     variant: str,
     data: tuple[Tensor, Tensor],
@@ -93,7 +100,7 @@ def train(
     drop_path: float,
     activation: str,
     seed: int,
-    watch=None,
+    watch: Callable[[int, ToyNet], None] = lambda step, model: None,
 ) -> ToyNet:
     """Train one toy network on all points at once, with AdamW and a cosine schedule.
 
@@ -114,24 +121,15 @@ def train(
     if variant == "rdp":
         rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
     model.train()
-
-    def update():
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     for step in range(steps):
-        if watch:
-            watch(step, model)
-        if rdp:
-            for iteration in rdp.cycle():
-                with iteration:
-                    update()
-        else:
-            update()
+        watch(step, model)
+        for iteration in rdp.cycle() if rdp else [nullcontext()]:
+            with iteration:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
         schedule.step()
-    if watch:
-        watch(steps, model)
+    watch(steps, model)
     if rdp:
         rdp.detach()
     return model.eval()
