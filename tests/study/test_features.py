@@ -84,7 +84,7 @@ def test_recorder_leaves_no_hook_behind(vit):
     model, paths = vit
     recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 1)
     recorder(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError):
         recorder(torch.zeros(1, 1, 1))
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     assert not any(a or b for a, b in hooks)
