@@ -8,7 +8,7 @@ import csv
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from timm_rdp.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 RED, BLUE, ORANGE, GREY = "#e8705a", "#14386b", "#e69f00", "#8a8a8a"
 SEQUENTIAL = "cividis"
@@ -68,15 +67,13 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> No
         csv.writer(file).writerows([header, *rows])
 
 
-def heatmap(
-    axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int
-) -> "AxesImage":
+def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int) -> None:
     """Draw a (layers, layers) matrix, layer `first` at the lower left; NaN is left grey."""
     import matplotlib
 
     edges = (first - 0.5, first + len(similarity) - 0.5)
     integer_ticks(axes, "xy", 6)
-    return axes.imshow(
+    axes.imshow(
         np.ma.masked_invalid(similarity.numpy()),
         origin="lower",
         extent=(*edges, *edges),
@@ -128,7 +125,7 @@ def similarity_grid(
     grid = figure.subplots(down, across, squeeze=False).ravel()
     cells = [(kind, first, i, m) for kind, first, row in rows for i, m in enumerate(row)]
     for i, ((kind, first, column, matrix), axes) in enumerate(zip(cells, grid, strict=True)):
-        image = heatmap(axes, matrix, scale, first)
+        heatmap(axes, matrix, scale, first)
         axes.tick_params(labelsize=7)
         if i < across:
             axes.set_title(columns[column] if several else kind, fontsize=9)
@@ -136,7 +133,7 @@ def similarity_grid(
             axes.set_ylabel("layer number" + f"\n({kind})" * several, fontsize=8)
         if i >= len(cells) - across:
             axes.set_xlabel("layer number", fontsize=8)
-    figure.colorbar(image, ax=list(grid), label=measure, shrink=0.8)
+    figure.colorbar(grid[0].images[0], ax=list(grid), label=measure, shrink=0.8)
     return figure
 
 
@@ -162,7 +159,7 @@ def lines_per_layer(
         axes.set_xlabel(f"layer number ({kind})")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
-    legend_of_networks(figure, axes, columns)
+    legend_of_networks(figure, grid[0], columns)
     return figure
 
 
@@ -183,9 +180,9 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     thickness = 0.8 / len(columns)
     for i, (name, rise) in enumerate(zip(columns, losses, strict=True)):
         y = np.arange(len(names)) + (i - (len(columns) - 1) / 2) * thickness
-        look = {"color": TONES[i % len(TONES)], "hatch": ("", "///", "...", "xxx")[i % 4]}
-        look |= {"edgecolor": "white", "linewidth": 0.3}
-        axes.barh(y, rise.numpy(), height=thickness, label=name, **look)
+        look: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3, "label": name}
+        look |= {"color": TONES[i % len(TONES)], "hatch": ("", "///", "...", "xxx")[i % 4]}
+        axes.barh(y, rise.numpy(), height=thickness, **look)
     step = max(1, len(names) // 60)
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)

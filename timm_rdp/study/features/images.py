@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,7 +34,8 @@ class Images:
         if not root.exists():
             raise UsageError(f"--data-dir {folder} does not exist; check the path")
         with refused_with(f"--data-dir {root}: no validation images found in it"):
-            self._reader = create_dataset("", root=str(root), split="validation").reader
+            dataset: Any = create_dataset("", root=str(root), split="validation")
+        self._reader = dataset.reader
         if (root / "train").is_dir() and Path(self._reader.root) == root:
             raise UsageError(
                 f"--data-dir {root} has train/ but no validation/ folder; add one, or give "

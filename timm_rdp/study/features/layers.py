@@ -94,10 +94,10 @@ class Recorder:
         calls = Counter()
 
         def after_path(module: nn.Module, _: tuple, output: Any) -> None:
-            name = self._path_names.get((module, calls[module]))
+            key: Any = (module, calls[module])
             calls[module] += 1
-            if name:
-                self._keep(self.paths, name, output, len(x))
+            if key in self._path_names:
+                self._keep(self.paths, self._path_names[key], output, len(x))
 
         def before_block(_: nn.Module, inputs: tuple) -> None:
             if inputs and not calls[INPUT]:

@@ -2,7 +2,7 @@
 
 import argparse
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,13 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     count = at_least(1)
     add("--model", required=True, help="timm's name of the model")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm"
-    )
-    weights.add_argument(
-        "--pretrained", action="store_true", help="timm's own weights, without --checkpoint"
-    )
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
+    one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
     add("--data-dir", metavar="DIR", help="images, as for training; without it the demo's digits")
@@ -166,7 +162,9 @@ def observe(args: argparse.Namespace, images: Images, source: Source, device: st
         )
     model.to(device)
     dropping = [] if args.no_importance else paths
-    losses, correct = Counter(), Counter()  # sums by dropped path, "" where none is
+    # Sums by dropped path, "" where none is.
+    losses: dict[str, float] = defaultdict(float)
+    correct: dict[str, float] = defaultdict(float)
 
     def add_up(name: str, logits: Any, y: Tensor) -> None:
         if isinstance(logits, tuple | list):  # distilled models: one output a head
@@ -176,11 +174,12 @@ def observe(args: argparse.Namespace, images: Images, source: Source, device: st
             correct[name] += int((logits.argmax(1) == y).sum())
         bar.update(len(y))
 
+    transform: Any = create_transform(**data)
     recorder = Recorder(model, paths, modules, len(images), args.pool, with_input=not args.layers)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     bar = tqdm(total=len(images) * (1 + len(dropping)), unit="image", desc=source.label)
     with bar:
-        for x, y in images.batches(args.batch_size, create_transform(**data), mode):
+        for x, y in images.batches(args.batch_size, transform, mode):
             x, y = x.to(device), y.to(device)
             add_up("", recorder(x), y)
             for path in dropping:
@@ -238,16 +237,8 @@ def write(args: argparse.Namespace, output: Path, images: Images, networks: list
             for j, b in enumerate(own.names)
         ),
     )
-    write_csv(
-        output / "layers.csv",
-        ("network", "layers", "number", "name", "width", "effective_rank", "rebound"),
-        (
-            (n.label, kind, *row)
-            for n in networks
-            for kind, own in n.kinds.items()
-            for row in _layer_rows(own)
-        ),
-    )
+    header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
+    write_csv(output / "layers.csv", header, (row for n in networks for row in _layer_rows(n)))
     if networks[0].importance:
         names = list(networks[0].importance)
         rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
@@ -267,11 +258,12 @@ def write(args: argparse.Namespace, output: Path, images: Images, networks: list
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def _layer_rows(own: Layers) -> Iterator[tuple]:
-    climbs = rebounds(own.cka).tolist() if len(own.names) > 2 else []
-    for i, name in enumerate(own.names):
-        climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
-        yield i, name, own.width[i], f"{own.rank[i]:.4f}", climb
+def _layer_rows(network: Network) -> Iterator[tuple]:
+    for kind, own in network.kinds.items():
+        climbs = rebounds(own.cka).tolist() if len(own.names) > 2 else []
+        for i, name in enumerate(own.names):
+            climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
+            yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
 
 
 def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -> str:
@@ -292,8 +284,8 @@ def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -
                 cka, cosine = revisit_score(own.cka), revisit_score(own.cosine)
                 score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
             rank = statistics.mean(own.rank.tolist())
-            text = f"  {len(own.names)} {KINDS[kind]}: revisit score {score}; mean effective rank "
-            lines.append(f"{text}{rank:.1f}")
+            what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"
+            lines.append(f"  {what}; mean effective rank {rank:.1f}")
         if network.importance:
             rises = {path: rise for path, (*_, rise) in network.importance.items()}
             ranked = [f"{p} {rises[p]:+.4f}" for p in sorted(rises, key=lambda p: -rises[p])]

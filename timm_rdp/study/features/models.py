@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from torch import nn
 
@@ -60,7 +60,7 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
     if use_ema and key is None:
         raise UsageError(f"--checkpoint {path}: holds no EMA weights; leave --use-ema out")
-    weights = clean_state_dict(content[key] if key else content)
+    weights = clean_state_dict(dict(content[key] if key else content))
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise UsageError(
             f"--checkpoint {path}: holds no weights (no 'state_dict' of tensors); "
@@ -87,8 +87,8 @@ def build(
     """Create a model in eval mode, with a DropPath on every path, and load the source's weights.
 
     Args:
-        args: model, num_classes, img_size and in_chans, which count before what the checkpoint was
-            trained with; pretrained.
+        args: model, pretrained, and num_classes, img_size and in_chans, which count before what the
+            checkpoint was trained with.
         source: its weights; random, or timm's with `args.pretrained`, where it has none.
         classes: how many the images have.
 
@@ -139,12 +139,7 @@ def fill_drop_path_slots(model: nn.Module) -> None:
 
 
 def trace(name: str, model: nn.Module, size: tuple[int, int, int]) -> tuple[timm_rdp.Path, ...]:
-    """The residual paths, in call order, of a model that has a DropPath on every path.
-
-    Args:
-        name: timm's name of the model.
-        model: with a DropPath on every path.
-        size: of its images, (C, H, W).
+    """The model's residual paths, in call order; its images have the size (C, H, W).
 
     Raises:
         UsageError: it has none.

@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 
 PER_LINE = 24
 # What a path does in a stage, in the legend's words.
-RUNS, TRAINED, FROZEN, DROPPED = (
-    "runs",
-    "runs and is trained",
-    "runs, frozen",
-    "dropped: not run, not trained",
-)
+RUNS, TRAINED, FROZEN = "runs", "runs and is trained", "runs, frozen"
+DROPPED = "dropped: not run, not trained"
 STYLE: dict[str, dict[str, Any]] = {
     RUNS: {"facecolor": "#e3e3e3", "edgecolor": "black"},
     TRAINED: {"facecolor": BLUE, "edgecolor": "black"},
@@ -83,11 +79,11 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
         cycle=droppath.cycle,
         rows=[
             PathRow(
-                name=path.name,
-                drop_prob=path.drop_prob,
-                kept=path.name not in droppath.dropped,
-                parameters=count(path.parameters),
-                trained_in_complement=count(set(path.parameters) & complement.trainable),
+                path.name,
+                path.drop_prob,
+                path.name not in droppath.dropped,
+                count(path.parameters),
+                count(complement.trainable.intersection(path.parameters)),
             )
             for path in rdp.paths
         ],
@@ -157,8 +153,8 @@ def _stage(axes: "Axes", names: list[str], states: list[str], rest: str) -> None
     upright = _names_upright(names)
     pitch = 1.7 if upright else 2.5
     starts = range(0, len(names), PER_LINE)
-    axes.set(xlim=(-0.6, min(PER_LINE, len(names)) + 1.6))
-    axes.set(ylim=(-pitch * len(starts) + 1.05, 1.15))
+    width = min(PER_LINE, len(names)) + 1.6
+    axes.set(xlim=(-0.6, width), ylim=(-pitch * len(starts) + 1.05, 1.15))
     axes.axis("off")
     for line, start in enumerate(starts):
         y = -pitch * line

@@ -1,6 +1,6 @@
 """The figures of `timm-rdp spiral`, each after a caption of the paper (arXiv 2411.09475)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLASSES = ((0, RED, "o"), (1, BLUE, "x"))
 FIRST = {"paths": 1, "blocks": 0}  # number of the first layer: 0 is the embedding
 LAYERS = {"paths": "path outputs", "blocks": "after each residual sum"}
 
 
 def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
-    for value, colour, marker in CLASSES:
+    for value, colour, marker in ((0, RED, "o"), (1, BLUE, "x")):
         x, y = xy[label == value].T.numpy()
         look = {"c": colour, "marker": marker, "linewidths": size**0.5 / 5}
         axes.scatter(x, y, s=size, label=f"class {value}", **look)
@@ -42,13 +41,8 @@ def spirals(xy: Tensor, label: Tensor) -> "Figure":
     axes.set_xlabel("first coordinate (spiral radius = 1)")
     axes.set_ylabel("second coordinate")
     axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-    )
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -140,18 +134,19 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
         similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
     """
     figure = new_figure(height=6.1)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    top, bottom = halves
     maps = top.subplots(1, 2)
     curves = bottom.subplots(1, 2, sharey=True)
     scale = colour_range(list(similarity.values()))
     for (kind, matrix), upper, lower in zip(similarity.items(), maps, curves, strict=True):
         first = FIRST[kind]
-        image = heatmap(upper, matrix, scale, first)
+        heatmap(upper, matrix, scale, first)
         upper.set(xlabel="layer number", ylabel="layer number")
         score = revisit_score(matrix)
         upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
         _return_curve(lower, matrix, first)
-    top.colorbar(image, ax=maps, label="similarity (linear CKA)", shrink=0.85)
+    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
     top.suptitle(
         "Similarity between the layers of the plain network, and where it returns after a fall",
         fontsize=11,
@@ -228,7 +223,7 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: f
     for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
         top = middle + sign * heights[layer, node, value, bin_]
         bars = np.array([(left, middle), (left, top), (right, top), (right, middle)])
-        axes.add_collection(PolyCollection(bars.transpose(2, 0, 1), fc=colour, lw=0))
+        axes.add_collection(PolyCollection(list(bars.transpose(2, 0, 1)), fc=colour, lw=0))
     framed = set()
     for n, matrix in enumerate(overlap(histograms)):
         start, lost, back = strongest_return(matrix)
@@ -279,15 +274,10 @@ def training_frame(step: int, accuracy: float, histograms: Tensor, kind: str) ->
     return figure
 
 
-def scores(values: dict[str, dict[str, list[float]]], labels: dict[str, str]) -> "Figure":
-    """The revisit scores of every seed: a panel a measure, a column a variant.
-
-    Args:
-        values: {measure: {variant: one score a seed}}.
-        labels: the measures' names in full.
-    """
+def scores(values: dict[str, dict[str, list[float]]]) -> "Figure":
+    """The scores, {measure: {variant: one a seed}}: a panel a measure, a column a variant."""
     rows = -(-len(values) // 2)
-    count = len(next(iter(next(iter(values.values())).values())))
+    count = max(len(own) for variants in values.values() for own in variants.values())
     title = f"How much features come back: {count} seeds a variant (dots) and their mean (bars)"
     figure = new_figure(height=2.3 * rows + 0.9, title=title)
     grid = figure.subplots(rows, 2, squeeze=False).ravel()
@@ -299,6 +289,6 @@ def scores(values: dict[str, dict[str, list[float]]], labels: dict[str, str]) ->
         axes.set_xticks(range(len(variants)), variants)
         axes.set(xlim=(-0.5, len(variants) - 0.5), ylim=(0, None))
         axes.set_ylabel("revisit score", fontsize=9)
-        axes.set_title(labels[measure], fontsize=9)
+        axes.set_title(measure, fontsize=9)
         axes.grid(axis="y", alpha=0.3)
     return figure

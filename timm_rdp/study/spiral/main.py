@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,7 +38,6 @@ COLUMNS = {"accuracy": "accuracy"} | {
     for measure, name in (("cka", "CKA"), ("cosine", "cosine"), ("rank", "rank"))
     for kind, layers in (("paths", "paths"), ("blocks", "sums"))
 }
-UNTRAINED = "untrained"
 FRAMES = 24
 
 
@@ -94,24 +94,20 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     """Train, measure, draw, write."""
     data = toy.two_spirals(args.points, args.noise, args.turns, args.seed)
     unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
-    variants = (UNTRAINED, *toy.VARIANTS)
-    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
-    first = {}  # of each variant, the matrices and features of the first seed
+    measured: dict[str, list[dict[str, float]]] = {v: [] for v in ("untrained", *toy.VARIANTS)}
+    first: dict[str, tuple[dict, dict]] = {}  # matrices and features of the first seed
     names = ("steps", "lr", "drop_path", "activation")
     settings = {name: getattr(args, name) for name in names}
-    bar = tqdm(total=len(variants) * args.seeds + 1, unit="network", desc="spiral")
+    bar = tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral")
     with bar:
         for seed in range(args.seed, args.seed + args.seeds):
-            for variant in variants:
-                sizes = {"depth": args.depth, "dim": args.dim}
-                if variant == UNTRAINED:
-                    torch.manual_seed(seed)
-                    model = toy.ToyNet(**sizes, activation=args.activation).eval()
-                else:
-                    model = toy.train(variant, data, **sizes, **settings, seed=seed)
-                row, *rest = measure(model, unseen)
+            for variant in measured:
+                own = settings | {"depth": args.depth, "dim": args.dim, "seed": seed}
+                if variant == "untrained":
+                    own["steps"] = 0
+                row, matrices, features = measure(toy.train(variant, data, **own), unseen)
                 measured[variant].append(row)
-                first.setdefault(variant, rest)
+                first.setdefault(variant, (matrices, features))
                 bar.update()
         snapshots = watch_small(args, data, settings)
         bar.update()
@@ -124,8 +120,11 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     header = ("cycle", *vars(cycle.rows[0]))
     rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
     write_csv(output / "fig5_algorithm.csv", header, rows)
-    values = {m: {v: [row[m] for row in measured[v]] for v in variants} for m in MEASURES}
-    save(toy_figures.scores(values, MEASURES), output / "scores.png")
+    values = {
+        title: {variant: [row[name] for row in own] for variant, own in measured.items()}
+        for name, title in MEASURES.items()
+    }
+    save(toy_figures.scores(values), output / "scores.png")
     rows = (
         (variant, seed, *row.values())
         for variant, own in measured.items()
@@ -185,13 +184,7 @@ def draw_points(
 ) -> None:
     """Figure 2, the points that were trained on, and 1 and 3, the plain network's view of others.
 
-    Args:
-        output: the folder.
-        data: the points that were trained on and their classes.
-        label: classes of the points that were measured.
-        cka: of the plain network's layers, by kind.
-        features: of the plain network's layers, by kind.
-        kind: which layers figure 1 shows.
+    `label` has the others' classes, and `kind` says which layers figure 1 shows.
     """
     save(toy_figures.spirals(*data), output / "fig2_spirals.png")
     points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
@@ -222,11 +215,10 @@ def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> N
         output / "fig3_similarity.csv",
         ("variant", "layers", "layer", "other_layer", "cka"),
         (
-            (variant, kind, layer, other, f"{value:.6f}")
+            (variant, kind, layer + FIRST[kind], other + FIRST[kind], f"{value:.6f}")
             for variant, own in matrices.items()
             for kind, matrix in own.items()
-            for layer, line in enumerate(matrix.tolist(), FIRST[kind])
-            for other, value in enumerate(line, FIRST[kind])
+            for (layer, other), value in np.ndenumerate(matrix)
         ),
     )
 
@@ -246,12 +238,9 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
         output / "fig4_training.csv",
         ("step", "accuracy", "layer", "node", "class", "bin", "points"),
         (
-            (step, f"{accuracy:.4f}", layer, node, value, b, int(count))
+            (step, f"{accuracy:.4f}", layer + FIRST[kind], node + 1, value, b, int(count))
             for step, accuracy, histograms in snapshots
-            for layer, nodes in enumerate(histograms.tolist(), FIRST[kind])
-            for node, classes in enumerate(nodes, 1)
-            for value, bins in enumerate(classes)
-            for b, count in enumerate(bins)
+            for (layer, node, value, b), count in np.ndenumerate(histograms)
         ),
     )
 
@@ -264,12 +253,13 @@ def spread(values: Sequence[float]) -> str:
 
 def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]]) -> str:
     """What was run and what came out, as plain text."""
-    several = "mean ± standard deviation." if args.seeds > 1 else "so no spread can be given."
+    several = args.seeds > 1
+    what = ": mean ± standard deviation" if several else ", so no spread can be given"
     text = (
         f"Two spirals, {args.points} points; residual networks of {args.depth} linear layers "
         f"({args.activation}), dimension {args.dim}, {args.steps} steps, drop path "
-        f"{args.drop_path}; {args.seeds} seeds{':' if args.seeds > 1 else ','} {several} "
-        f"All numbers are from {args.points} points that were not trained on. Revisit "
+        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from "
+        f"{args.points} points that were not trained on. Revisit "
         "scores: 0 where features only stay or drift away, 1 where all are lost and come back. "
         "'paths': what each path puts out; 'sums': the features after each residual sum. "
         "Rank: effective rank, mean over layers."
