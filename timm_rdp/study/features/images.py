@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 
 from timm_rdp.errors import UsageError, refused_with
