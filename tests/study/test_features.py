@@ -60,12 +60,10 @@ def test_every_block_has_paths_also_the_first_whose_rate_is_zero(vit):
 def test_recorded_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
     model, paths = vit
     x, _ = images_of(digits_folder)
-    with (
-        torch.no_grad(),
-        layers.Recorder(model, paths, layers.blocks_of(model, paths), 20) as recorder,
-    ):
-        model(x[:8])
-        model(x[8:])
+    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 20)
+    with torch.no_grad():
+        assert torch.equal(recorder(x[:8]), model(x[:8]))
+        recorder(x[8:])
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     assert next(iter(recorder.blocks)) == layers.INPUT
     torch.testing.assert_close(recorder.blocks[layers.INPUT], tokens.mean(1).detach())
@@ -84,8 +82,10 @@ def test_recorded_features_equal_the_blocks_computed_by_hand(vit, digits_folder)
 
 def test_recorder_leaves_no_hook_behind(vit):
     model, paths = vit
-    with layers.Recorder(model, paths, layers.blocks_of(model, paths), 1):
-        pass
+    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 1)
+    recorder(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError):
+        recorder(torch.zeros(1, 1, 1))
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     assert not any(a or b for a, b in hooks)
 
@@ -98,8 +98,9 @@ def test_a_module_called_twice_gives_two_layers():
     models.fill_drop_path_slots(model)
     paths = models.trace("resmlp_12_224", model, (3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
-    with torch.no_grad(), layers.Recorder(model, paths, {}, 4) as recorder:
-        model(x)
+    recorder = layers.Recorder(model, paths, {}, 4)
+    with torch.no_grad():
+        recorder(x)
     names = [path.name for path in paths]
     assert names[:2] == ["blocks.0.drop_path#0", "blocks.0.drop_path#1"]
     assert list(recorder.paths) == names
@@ -279,7 +280,7 @@ def refused(capsys, tmp_path, *argv: str) -> str:
     assert features.main([*argv, "--output", str(output)]) == 2
     error = capsys.readouterr().err
     line = error.strip().splitlines()[-1]  # a progress bar may come before
-    assert line.startswith("timm-rdp features: ") and "Traceback" not in error
+    assert line.startswith("error: ") and "Traceback" not in error
     assert not output.exists()
     return line
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_of_another_model_is_refused(digits_folder, tmp_path, capsy
     bare = tmp_path / "bare.pth"
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), bare)
     line = refused(capsys, tmp_path, *argv, str(bare))
-    assert "does not fit --model test_vit" in line and "e.g. " in line
+    assert "does not fit --model test_vit" in line and "Missing key(s)" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, {"epoch": 3}])
@@ -308,7 +309,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path, capsys, digi
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vgg11", "takes no drop path rate"),
+        ("vgg11", "takes no drop_path_rate"),
         ("lcnet_050", "no residual path"),
         ("vit_tinny_patch16_224", "did you mean"),
     ],
@@ -332,7 +333,9 @@ def test_too_few_images_for_cka_are_refused(tmp_path, capsys):
     write_digits(tmp_path / "data", range(3))  # 12 validation images
     argv = ["--model", "test_vit", "--data-dir", str(tmp_path / "data")]
     assert "has 12 validation images: too few" in refused(capsys, tmp_path, *argv)
-    assert "--num-images 5: too few" in refused(capsys, tmp_path, *argv, "--num-images", "5")
+    assert "--num-images: 5 must be 16 or more" in refused(
+        capsys, tmp_path, *argv, "--num-images", "5"
+    )
 
 
 def test_an_unknown_layer_is_refused_with_the_nearest_names(digits_folder, tmp_path, capsys):
@@ -375,3 +378,27 @@ def test_a_device_that_is_not_there_and_missing_matplotlib_are_refused(
     assert "--device abacus" in refused(capsys, tmp_path, *argv, "--device", "abacus")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in refused(capsys, tmp_path, *argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--batch-size", "0"], ["--batch-size", "0 must be 1 or more"]),
+        (["--img-size", "-1"], ["--img-size", "-1 must be 1 or more"]),
+        (["--seed", "-1"], ["--seed", "-1 must be 0 or more"]),
+        (["--num-classes", "ten"], ["--num-classes", "invalid int value: 'ten'"]),
+        (["--pool", "least"], ["--pool", "'least'", "first"]),
+        (
+            ["--pretrained", "--checkpoint", "x.pth"],
+            ["--pretrained", "--checkpoint", "not allowed"],
+        ),
+        (["--checkpoint", *"abcdefg"], ["--checkpoint", "7 files"]),
+        (["--label", "one", "two"], ["--label", "2 names"]),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused(
+    options, words, digits_folder, tmp_path, capsys
+):
+    argv = ["--model", "test_vit", "--data-dir", str(digits_folder), *options]
+    line = refused(capsys, tmp_path, *argv)
+    assert all(word in line for word in words)

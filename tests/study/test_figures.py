@@ -54,8 +54,8 @@ def draw_training_frame(toy_features):
 
 
 def draw_scores(_):
-    values = {m: {v: [0.1, 0.2, 0.15] for v in ("plain", "rdp")} for m in ("a", "b", "c")}
-    return toy_figures.scores(values, {"a": "one", "b": "two", "c": "three"})
+    values = {m: {v: [0.1, 0.2, 0.15] for v in ("plain", "rdp")} for m in ("one", "two", "three")}
+    return toy_figures.scores(values)
 
 
 def draw_algorithm(_):

@@ -4,9 +4,11 @@ Colours differ in lightness as well as in hue, so that they survive greyscale pr
 kinds of colour blindness; nothing is told by colour alone.
 """
 
+import csv
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,11 +37,14 @@ def check_matplotlib() -> None:
         )
 
 
-def new_figure(height: float, width: float = WIDTH) -> "Figure":
+def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure":
     """An empty figure (inches) that needs no display and no pyplot state."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
 
 
 def save(figure: "Figure", path: Path | IO[bytes]) -> None:
@@ -56,19 +61,25 @@ def pixels(figure: "Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def heatmap(axes: "Axes", similarity: Tensor, low: float, high: float, first: int):
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write the numbers behind a figure."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int) -> None:
     """Draw a (layers, layers) matrix, layer `first` at the lower left; NaN is left grey."""
     import matplotlib
 
-    colours = matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#d9d9d9")
     edges = (first - 0.5, first + len(similarity) - 0.5)
-    return axes.imshow(
+    integer_ticks(axes, "xy", 6)
+    axes.imshow(
         np.ma.masked_invalid(similarity.numpy()),
         origin="lower",
         extent=(*edges, *edges),
-        vmin=low,
-        vmax=high,
-        cmap=colours,
+        vmin=scale[0],
+        vmax=scale[1],
+        cmap=matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#d9d9d9"),
         interpolation="nearest",
     )
 
@@ -77,6 +88,20 @@ def colour_range(matrices: list[Tensor]) -> tuple[float, float]:
     """One colour scale for all matrices: from the lowest value (0.5 or less) to 1."""
     lowest = min(m[~m.isnan()].min().item() for m in matrices)
     return min(np.floor(lowest * 10) / 10, 0.5), 1.0
+
+
+def integer_ticks(axes: "Axes", which: str, most: int) -> None:
+    """Whole numbers on the axes that `which` names ("x", "y" or both), `most` of them at most."""
+    from matplotlib.ticker import MaxNLocator
+
+    for name in which:
+        getattr(axes, f"{name}axis").set_major_locator(MaxNLocator(most, integer=True))
+
+
+def legend_of_networks(figure: "Figure", axes: "Axes", columns: list[str]) -> None:
+    """Name the networks below the figure, unless there is only one."""
+    if len(columns) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def similarity_grid(
@@ -90,39 +115,26 @@ def similarity_grid(
         measure: what the colour shows.
         title: what is seen.
     """
-    low, high = colour_range([m for *_, row in rows for m in row])
+    scale = colour_range([m for *_, row in rows for m in row])
+    several = len(columns) > 1
     # One network alone: its kinds of layer lie side by side instead.
-    shape = (len(rows), len(columns)) if len(columns) > 1 else (1, len(rows))
-    side = min(0.82 * WIDTH / shape[1], 3.4)
-    figure = new_figure(height=shape[0] * (side + 0.2) + 0.8)
-    grid = figure.subplots(*shape, squeeze=False).ravel()
-    cells = [
-        (kind, first, name, matrix)
-        for kind, first, matrices in rows
-        for name, matrix in zip(columns, matrices, strict=True)
-    ]
-    for i, ((kind, first, name, matrix), axes) in enumerate(zip(cells, grid, strict=True)):
-        image = heatmap(axes, matrix, low, high, first)
-        integer_ticks(axes)
+    down, across = (len(rows), len(columns)) if several else (1, len(rows))
+    side = min(0.82 * WIDTH / across, 3.4)
+    title = title if several else f"{title}: {columns[0]}"
+    figure = new_figure(height=down * (side + 0.2) + 0.8, title=title)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    cells = [(kind, first, i, m) for kind, first, row in rows for i, m in enumerate(row)]
+    for i, ((kind, first, column, matrix), axes) in enumerate(zip(cells, grid, strict=True)):
+        heatmap(axes, matrix, scale, first)
         axes.tick_params(labelsize=7)
-        if i < shape[1]:
-            axes.set_title(name if len(columns) > 1 else kind, fontsize=9)
-        if i % shape[1] == 0:
-            axes.set_ylabel(
-                f"layer number\n({kind})" if len(columns) > 1 else "layer number", fontsize=8
-            )
-        if i >= len(cells) - shape[1]:
+        if i < across:
+            axes.set_title(columns[column] if several else kind, fontsize=9)
+        if i % across == 0:
+            axes.set_ylabel("layer number" + f"\n({kind})" * several, fontsize=8)
+        if i >= len(cells) - across:
             axes.set_xlabel("layer number", fontsize=8)
-    figure.colorbar(image, ax=list(grid), label=measure, shrink=0.8)
-    figure.suptitle(title if len(columns) > 1 else f"{title}: {columns[0]}", fontsize=11)
+    figure.colorbar(grid[0].images[0], ax=list(grid), label=measure, shrink=0.8)
     return figure
-
-
-def integer_ticks(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def lines_per_layer(
@@ -136,34 +148,19 @@ def lines_per_layer(
         ylabel: what is plotted, with its unit.
         title: what is seen.
     """
-    figure = new_figure(height=3.2)
+    figure = new_figure(height=3.2, title=title)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for (kind, values), axes in zip(panels, grid, strict=True):
         for i, (name, value) in enumerate(zip(columns, values, strict=True)):
-            axes.plot(
-                range(len(value)),
-                value.numpy(),
-                marker=MARKERS[i % len(MARKERS)],
-                color=TONES[i % len(TONES)],
-                markersize=4,
-                linewidth=1,
-                label=name,
-            )
-        integer_x(axes)
+            look = {"marker": MARKERS[i % len(MARKERS)], "color": TONES[i % len(TONES)]}
+            axes.plot(value.numpy(), **look, markersize=4, linewidth=1, label=name)
+        integer_ticks(axes, "x", 8)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"layer number ({kind})")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
-    if len(columns) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(title, fontsize=11)
+    legend_of_networks(figure, grid[0], columns)
     return figure
-
-
-def integer_x(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) -> "Figure":
@@ -175,39 +172,31 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
         columns: names of the networks.
     """
     rows = len(names) * len(columns)
-    figure = new_figure(height=min(1.7 + 0.11 * rows + 0.05 * len(names), 14))
+    figure = new_figure(
+        height=min(1.7 + 0.11 * rows + 0.05 * len(names), 14),
+        title="What each path is worth at inference: loss when it alone is dropped",
+    )
     axes = figure.subplots()
     thickness = 0.8 / len(columns)
     for i, (name, rise) in enumerate(zip(columns, losses, strict=True)):
-        axes.barh(
-            np.arange(len(names)) + (i - (len(columns) - 1) / 2) * thickness,
-            rise.numpy(),
-            height=thickness,
-            color=TONES[i % len(TONES)],
-            hatch=("", "///", "...", "xxx")[i % 4],
-            edgecolor="white",
-            linewidth=0.3,
-            label=name,
-        )
+        y = np.arange(len(names)) + (i - (len(columns) - 1) / 2) * thickness
+        look: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3, "label": name}
+        look |= {"color": TONES[i % len(TONES)], "hatch": ("", "///", "...", "xxx")[i % 4]}
+        axes.barh(y, rise.numpy(), height=thickness, **look)
     step = max(1, len(names) // 60)
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
-    sizes = torch.stack(losses).abs().flatten()
+    sizes = torch.stack(losses).abs()
     scale = ""
     if sizes.max() > 20 * sizes.median() > 0:
         # A few paths (the first, mostly) matter so much that the others would not be seen.
         linear = 10.0 ** np.round(np.log10(sizes.median().item()))
         axes.set_xscale("symlog", linthresh=linear)
-        lowest = min(rise.min().item() for rise in losses)
-        axes.set_xlim(left=min(1.5 * lowest, -linear / 2))
+        axes.set_xlim(left=min(1.5 * torch.stack(losses).min().item(), -linear / 2))
         scale = f", logarithmic beyond {linear:g}"
     axes.set_xlabel(f"rise of the validation loss without the path (nats{scale})")
     axes.set_ylabel("path, in call order")
     axes.grid(axis="x", alpha=0.3)
-    if len(columns) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(
-        "What each path is worth at inference: loss when it alone is dropped", fontsize=11
-    )
+    legend_of_networks(figure, axes, columns)
     return figure

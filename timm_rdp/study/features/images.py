@@ -1,15 +1,15 @@
 """A bounded sample of validation images."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset
+from PIL import Image
+from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.training.demo import prepare_demo
 
 # Fewer images than this say more about themselves than about the layers.
@@ -30,39 +30,31 @@ class Images:
     """
 
     def __init__(self, folder: str | None, count: int, seed: int):
-        if count < MIN_IMAGES:
-            raise UsageError(
-                f"--num-images {count}: too few to compare layers (CKA); give {MIN_IMAGES} or more"
-            )
-        self.folder = Path(folder) if folder else prepare_demo()
-        if not os.path.exists(self.folder):
+        root = Path(folder) if folder else prepare_demo()
+        if not root.exists():
             raise UsageError(f"--data-dir {folder} does not exist; check the path")
-        try:
-            reader = create_dataset("", root=str(self.folder), split="validation").reader
-        except Exception as error:
+        with refused_with(f"--data-dir {root}: no validation images found in it"):
+            dataset: Any = create_dataset("", root=str(root), split="validation")
+        self._reader = dataset.reader
+        if (root / "train").is_dir() and Path(self._reader.root) == root:
             raise UsageError(
-                f"--data-dir {self.folder}: no validation images found in it; "
-                "it needs validation/CLASS/IMAGE files"
-            ) from error
-        if (self.folder / "train").is_dir() and Path(reader.root) == self.folder:
-            raise UsageError(
-                f"--data-dir {self.folder} has train/ but no validation/ folder; add one, or give "
+                f"--data-dir {root} has train/ but no validation/ folder; add one, or give "
                 "a folder that has class folders only"
             )
-        if len(reader) < MIN_IMAGES:
+        images = len(self._reader)
+        if images < MIN_IMAGES:
             raise UsageError(
-                f"--data-dir {self.folder} has {len(reader)} validation images: too few to compare "
+                f"--data-dir {root} has {images} validation images: too few to compare "
                 f"layers (CKA); give {MIN_IMAGES} or more"
             )
-        self._reader = reader
-        self.classes = len(reader.class_to_idx)
+        self.classes = len(self._reader.class_to_idx)
         generator = torch.Generator().manual_seed(seed)
-        self.chosen = torch.randperm(len(reader), generator=generator)[:count].sort().values
+        self.chosen = torch.randperm(images, generator=generator)[:count].sort().values
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batches(self, size: int, transform, mode: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int, transform: Callable, mode: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Read the images, batch after batch: ((size, C, H, W), class numbers (size,)).
 
         Args:
@@ -74,17 +66,12 @@ class Images:
             UsageError: an image cannot be read.
         """
         for indices in self.chosen.split(size):
-            read = [self._read(int(i), transform, mode) for i in indices]
-            yield torch.stack([x for x, _ in read]), torch.tensor([y for _, y in read])
-
-    def _read(self, index: int, transform, mode: str) -> tuple[Tensor, int]:
-        file, target = self._reader[index]
-        try:
-            with file:
-                image = Image.open(file).convert(mode)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            name = self._reader.filename(index, absolute=True)
-            raise UsageError(
-                f"image {name} cannot be read ({type(error).__name__}); repair or remove it"
-            ) from error
-        return transform(image), target
+            images, targets = [], []
+            for index in indices.tolist():
+                name = self._reader.filename(index, absolute=True)
+                with refused_with(f"image {name} cannot be read"):
+                    file, target = self._reader[index]
+                    with file:
+                        images.append(transform(Image.open(file).convert(mode)))
+                targets.append(target)
+            yield torch.stack(images), torch.tensor(targets)

@@ -1,15 +1,17 @@
 """Features of a model's paths and blocks, gathered by hooks while images pass through."""
 
-import contextlib
-import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_rdp import Path
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import UsageError, nearest
 
 POOLS = ("mean", "max", "first")
 INPUT = "(input)"
@@ -36,30 +38,26 @@ def choose(
     Raises:
         UsageError: the model has no path or module of that name.
     """
-    blocks = blocks_of(model, paths)
     if not wanted:
-        return list(paths), blocks
+        return list(paths), blocks_of(model, paths)
     modules = {n: m for n, m in model.named_modules() if n}
-    by_name = {path.name: path for path in paths}
-    chosen, others = {}, {}
+    path_names = [path.name for path in paths]
+    chosen: set[str] = set()
+    others = {}
     for name in wanted:
-        found = fnmatch.filter(by_name, name)
-        chosen |= {n: by_name[n] for n in found}
+        found = fnmatch.filter(path_names, name)
+        chosen.update(found)
         if not found:
             found = fnmatch.filter(modules, name)
             others |= {n: modules[n] for n in found}
         if not found:
-            known = list(dict.fromkeys([*by_name, *blocks, *modules]))
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
-            raise UsageError(
-                f"--layers {name}: the model has no such path or module; "
-                f"did you mean {', '.join(near)}?"
-            )
+            close = nearest(name, [*path_names, *modules])
+            raise UsageError(f"--layers {name}: the model has no such path or module{close}")
     return [path for path in paths if path.name in chosen], others
 
 
 class Recorder:
-    """Keeps the pooled features of paths and modules over any number of batches.
+    """Runs a model and keeps the pooled features of its paths and modules, over any batches.
 
     Args:
         model: in eval mode.
@@ -71,9 +69,8 @@ class Recorder:
         pool: how the positions of a feature map or token sequence become one value a channel:
             "mean", "max", or "first" (the class token where there is one).
 
-    Use as a context manager; afterwards `paths` and `blocks` hold {name: (samples, width)} in the
-    order of the forward pass, and `skipped` the names of layers whose output is no feature per
-    image.
+    `paths` and `blocks` hold {name: (samples, width)} in the order of the forward pass, and
+    `skipped` the names of layers whose output is no feature per image.
     """
 
     def __init__(
@@ -85,100 +82,68 @@ class Recorder:
         pool: str = "mean",
         with_input: bool = True,
     ):
-        self._model = model
+        self._model, self._modules, self._with_input = model, modules, with_input
         self._path_names = {(path.module, path.call): path.name for path in paths}
-        self._modules = modules
-        self._pool = pool
-        self._with_input = with_input
-        self._on = True
-        self._waiting = False
-        self._batch = 0
-        self._calls: dict[nn.Module, int] = {}
-        self._samples = samples
-        self._seen = 0
+        self._samples, self._pool, self._seen = samples, pool, 0
         self.paths: dict[str, Tensor] = {}
         self.blocks: dict[str, Tensor] = {}
-        self._hooks: list = []
         self.skipped: set[str] = set()
 
-    def __enter__(self) -> "Recorder":
-        self._hooks = [self._model.register_forward_pre_hook(self._start)]
-        for module in {module for module, _ in self._path_names}:
-            self._hooks.append(module.register_forward_hook(self._path))
+    def __call__(self, x: Tensor) -> Any:
+        """Run the model on a batch, (batch, C, H, W); returns the model's output."""
+        calls = Counter()
+
+        def after_path(module: nn.Module, _: tuple, output: Any) -> None:
+            key: Any = (module, calls[module])
+            calls[module] += 1
+            if key in self._path_names:
+                self._keep(self.paths, self._path_names[key], output, len(x))
+
+        def before_block(_: nn.Module, inputs: tuple) -> None:
+            if inputs and not calls[INPUT]:
+                calls[INPUT] += 1
+                self._keep(self.blocks, INPUT, inputs[0], len(x))
+
+        def after_block(name: str, _: nn.Module, __: tuple, output: Any) -> None:
+            call = f"#{calls[name]}" if calls[name] else ""
+            calls[name] += 1
+            self._keep(self.blocks, name + call, output, len(x))
+
+        shared = {module for module, _ in self._path_names}
+        hooks = [module.register_forward_hook(after_path) for module in shared]
         for name, module in self._modules.items():
             if self._with_input:
-                self._hooks.append(module.register_forward_pre_hook(self._first))
-            self._hooks.append(module.register_forward_hook(self._block(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for name in self.skipped:
-            self.paths.pop(name, None)
-            self.blocks.pop(name, None)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it nothing is kept."""
-        self._on = False
+                hooks.append(module.register_forward_pre_hook(before_block))
+            hooks.append(module.register_forward_hook(partial(after_block, name)))
         try:
-            yield
+            return self._model(x)
         finally:
-            self._on = True
+            for hook in hooks:
+                hook.remove()
+            self._seen += len(x)
 
-    def _start(self, _: nn.Module, inputs: tuple) -> None:
-        self._calls = {}
-        if not self._on:
-            return
-        self._seen += self._batch
-        self._batch = len(inputs[0])
-        self._waiting = self._with_input
-
-    def _path(self, module: nn.Module, _: tuple, output: Tensor) -> None:
-        call = self._calls.get(module, 0)
-        self._calls[module] = call + 1
-        if (module, call) in self._path_names:
-            self._keep(self.paths, self._path_names[module, call], output)
-
-    def _first(self, _: nn.Module, inputs: tuple) -> None:
-        if self._waiting and inputs:
-            self._waiting = False
-            self._keep(self.blocks, INPUT, inputs[0])
-
-    def _block(self, name: str):
-        def hook(module: nn.Module, _: tuple, output: Tensor | Sequence) -> None:
-            call = self._calls.get(module, 0)
-            self._calls[module] = call + 1
-            self._keep(self.blocks, f"{name}#{call}" if call else name, output)
-
-        return hook
-
-    def _keep(self, kept: dict[str, Tensor], name: str, output: Tensor | Sequence) -> None:
-        if not self._on:
-            return
+    def _keep(self, kept: dict[str, Tensor], name: str, output: Any, batch: int) -> None:
         while isinstance(output, tuple | list) and output:
             output = output[0]
         pooled = None
-        if isinstance(output, Tensor):
-            pooled = pool_features(output.detach(), self._batch, self._pool)
-        if pooled is None:
-            self.skipped.add(name)
-            return
-        if name not in kept:
+        if isinstance(output, Tensor) and name not in self.skipped:
+            pooled = pool_features(output.detach(), batch, self._pool)
+        if pooled is not None and name not in kept:
             kept[name] = torch.empty(self._samples, pooled.shape[1])
-        if kept[name].shape[1] != pooled.shape[1]:
+        if pooled is None or kept[name].shape[1] != pooled.shape[1]:
             self.skipped.add(name)
+            kept.pop(name, None)
             return
-        kept[name][self._seen : self._seen + self._batch] = pooled
+        kept[name][self._seen : self._seen + batch] = pooled
 
 
 def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | None:
     """One row a sample: positions are pooled, channels stay.
 
     Args:
-        features: (batch, channels, H, W), (batch, H, W, channels), (batch, tokens, channels) or
-            (batch, channels); where samples were cut into windows, a multiple of batch first.
+        features: (batch, channels, H, W), (batch, H, W, channels), (batch, channels, T, H, W),
+            (batch, tokens, channels) or (batch, channels); where samples were cut into windows, a
+            multiple of batch first.
         batch: number of samples.
         pool: "mean", "max" or "first".
 
@@ -190,11 +155,9 @@ def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | 
     """
     if features.ndim < 2 or len(features) == 0 or len(features) % batch:
         return None
-    if features.ndim == 4:
-        _, a, b, c = features.shape
-        if not (a == b and b != c):
-            features = features.movedim(1, -1)
-    elif features.ndim == 5:  # video and windowed maps: (B, C, T, H, W)
+    _, *sizes = features.shape
+    channels_last = len(sizes) == 3 and sizes[0] == sizes[1] != sizes[2]
+    if len(sizes) in (3, 4) and not channels_last:
         features = features.movedim(1, -1)
     features = features.reshape(batch, -1, features.shape[-1])
     if pool == "first":
@@ -202,22 +165,20 @@ def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | 
     return features.amax(1) if pool == "max" else features.mean(1)
 
 
-@contextlib.contextmanager
+@contextmanager
 def dropped(model: nn.Module, path: Path) -> Iterator[None]:
     """Within it the model runs as at inference, but with one path contributing exactly zero."""
-    call = 0
-
-    def start(*_: object) -> None:
-        nonlocal call
-        call = 0
+    calls = Counter()
 
     def drop(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
-        nonlocal call
-        call += 1
+        calls[path] += 1
         # A full-size tensor of its own: many blocks add the shortcut in place.
-        return torch.zeros_like(output) if call == path.call + 1 else None
+        return torch.zeros_like(output) if calls[path] == path.call + 1 else None
 
-    hooks = [model.register_forward_pre_hook(start), path.module.register_forward_hook(drop)]
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: calls.clear()),
+        path.module.register_forward_hook(drop),
+    ]
     try:
         yield
     finally:

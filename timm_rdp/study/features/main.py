@@ -2,29 +2,23 @@
 
 import argparse
 import statistics
-import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_rdp.errors import UsageError
-from timm_rdp.study.features.images import Images
+from timm_rdp.errors import UsageError, refused_with, report
+from timm_rdp.study.features.images import MIN_IMAGES, Images
 from timm_rdp.study.features.layers import POOLS, Recorder, choose, dropped
-from timm_rdp.study.features.models import (
-    DATA_SETTINGS,
-    SETTINGS,
-    Source,
-    build,
-    check_model_name,
-    class_count,
-    one_line,
-    read_source,
-    trace,
-)
+from timm_rdp.study.features.models import Source, build, read_source, trace
 from timm_rdp.study.features.similarity import (
     cka_matrix,
     cosine_matrix,
@@ -38,12 +32,26 @@ from timm_rdp.study.figures import (
     path_importance,
     save,
     similarity_grid,
+    write_csv,
 )
-from timm_rdp.study.outputs import write_csv
+from timm_rdp.study.options import Parser, at_least
 from timm_rdp.training.files import check_output
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6
+# How a checkpoint's images were prepared, as timm's data config calls it.
+DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+
+@dataclass
+class Layers:
+    """What was measured of a network's layers of one kind, in forward order."""
+
+    names: list[str]
+    width: list[int]
+    cka: Tensor  # (layers, layers)
+    cosine: Tensor  # (layers, layers)
+    rank: Tensor  # (layers,)
 
 
 @dataclass
@@ -51,108 +59,84 @@ class Network:
     """What was measured of one network."""
 
     label: str
-    layers: dict[str, list[str]] = field(default_factory=dict)  # kind: names
-    width: dict[str, list[int]] = field(default_factory=dict)
-    cka: dict[str, Tensor] = field(default_factory=dict)
-    cosine: dict[str, Tensor] = field(default_factory=dict)
-    rank: dict[str, Tensor] = field(default_factory=dict)
-    loss: float = float("nan")
-    accuracy: float = float("nan")
-    importance: dict[str, tuple[float, float]] = field(default_factory=dict)  # path: loss, accuracy
+    kinds: dict[str, Layers] = field(default_factory=dict)  # by a key of KINDS
+    loss: float | None = None  # None where it has not the images' classes
+    accuracy: float | None = None
+    # {path: (loss without it, accuracy without it, rise of the loss)}
+    importance: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `timm-rdp features`."""
-    parser = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog="timm-rdp features",
         description="Layer similarity (CKA, cosine), revisit score, effective rank and path "
         "importance of a timm model, for one or more checkpoints side by side.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    count = at_least(1)
     add("--model", required=True, help="timm's name of the model")
-    add("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
+    one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
-    add("--pretrained", action="store_true", help="timm's own weights, without --checkpoint")
     add("--data-dir", metavar="DIR", help="images, as for training; without it the demo's digits")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
-    add("--num-images", type=int, default=256, help="validation images to use at most")
-    add("--seed", type=int, default=0, help="of their choice, and of weights that are random")
-    add("--batch-size", type=int, default=32, help="images at a time")
+    images = "validation images to use at most"
+    add("--num-images", type=at_least(MIN_IMAGES), default=256, help=images)
+    seed = "of their choice, and of weights that are random"
+    add("--seed", type=at_least(0), default=0, help=seed)
+    add("--batch-size", type=count, default=32, help="images at a time")
     add("--layers", nargs="+", metavar="NAME", help="only these paths and modules; * is any text")
     add("--pool", choices=POOLS, default="mean", help="positions of a layer to one value a channel")
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
-    add("--num-classes", type=int, help="the model's outputs, where the checkpoint does not say")
-    add("--img-size", type=int, help="image size, where the checkpoint does not say")
-    add("--in-chans", type=int, help="image channels, where the checkpoint does not say")
+    unless = ", where the checkpoint does not say"
+    add("--num-classes", type=count, help=f"the model's outputs{unless}")
+    add("--img-size", type=count, help=f"image size{unless}")
+    add("--in-chans", type=count, help=f"image channels{unless}")
     add("--device", help="the best there is, unless given")
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for options that cannot be followed, before any work."""
-    check_model_name(args.model)
-    if len(args.checkpoint) > MAX_CHECKPOINTS:
-        raise UsageError(
-            f"--checkpoint: {len(args.checkpoint)} do not fit side by side; "
-            f"give {MAX_CHECKPOINTS} or fewer"
-        )
-    if args.label and len(args.label) != max(1, len(args.checkpoint)):
-        raise UsageError(
-            f"--label: {len(args.label)} names for {max(1, len(args.checkpoint))} networks; "
-            "give one each"
-        )
-    if args.pretrained and args.checkpoint:
-        raise UsageError("--pretrained and --checkpoint: give one of them")
-    for name in ("batch_size", "num_classes", "img_size", "in_chans"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: must be 0 or more")
-    if args.device:
-        try:
-            torch.empty(0, device=args.device)
-        except Exception as error:
-            raise UsageError(
-                f"--device {args.device}: cannot be used ({one_line(error)[:80]}); give cpu"
-            ) from error
-    check_matplotlib()
-    check_output(args.output)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp features`; returns its exit status."""
-    args = build_parser().parse_args(argv)
     try:
-        check(args)
+        args = _parser().parse_args(argv)
+        check_matplotlib()
+        output = check_output(args.output)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with refused_with(f"--device {device}"):
+            torch.empty(0, device=device)
         images = Images(args.data_dir, args.num_images, args.seed)
-        sources = read_sources(args)
-        networks = [observe(args, images, source) for source in sources]
-        write(args, images, networks)
+        networks = [observe(args, images, source, device) for source in read_sources(args)]
+        write(args, output, images, networks)
     except UsageError as error:
-        print(f"timm-rdp features: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
     """The networks to compare: a checkpoint each, or the one without."""
-    if not args.checkpoint:
-        label = "pretrained" if args.pretrained else f"untrained (seed {args.seed})"
-        return [Source(args.label[0] if args.label else label)]
-    labels = args.label or short_names(args.checkpoint)
+    files, labels = args.checkpoint, args.label
+    if len(files) > MAX_CHECKPOINTS:
+        raise UsageError(f"--checkpoint: {len(files)} files, more than {MAX_CHECKPOINTS}")
+    if labels and len(labels) != max(1, len(files)):
+        raise UsageError(f"--label: {len(labels)} names, {max(1, len(files))} needed; one each")
+    if not files:
+        untrained = f"untrained (seed {args.seed})"
+        return [Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
+    labels = labels or short_names(files)
     return [
         read_source(path, args.model, args.use_ema, label)
-        for path, label in zip(args.checkpoint, labels, strict=True)
+        for path, label in zip(files, labels, strict=True)
     ]
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """Paths without what they have in common at both ends, or in full if that leaves nothing."""
+    """Paths without what they have in common at both ends; the file's name where there is one."""
     parts = [path.split("/") for path in paths]
     if len(paths) == 1:
         return [parts[0][-1]]
@@ -163,175 +147,124 @@ def short_names(paths: list[str]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def model_settings(args: argparse.Namespace, source: Source, classes: int) -> dict:
-    """How to build the model: as the command line says, else as the checkpoint was trained."""
-    settings = {name: source.settings.get(name) for name in SETTINGS}
-    for name in ("img_size", "in_chans"):
-        settings[name] = getattr(args, name) or settings[name]
-    if args.img_size:
-        settings["input_size"] = None
-    settings["num_classes"] = None
-    if not args.pretrained or args.num_classes:
-        settings["num_classes"] = class_count(source, args.model, args.num_classes, classes)
-    return settings
-
-
 @torch.no_grad()
-def observe(args: argparse.Namespace, images: Images, source: Source) -> Network:
+def observe(args: argparse.Namespace, images: Images, source: Source, device: str) -> Network:
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
-    settings = model_settings(args, source, images.classes)
-    model = build(args.model, source, settings, args.pretrained)
+    model, sizes = build(args, source, images.classes)
     known = {k: v for k, v in source.settings.items() if k in DATA_SETTINGS and v is not None}
-    data = resolve_data_config({**settings, **known}, model=model)
-    paths = trace(args.model, model, data["input_size"])
-    chosen, modules = choose(model, paths, args.layers)
+    data = resolve_data_config({**sizes, **known}, model=model)
+    paths, modules = choose(model, trace(args.model, model, data["input_size"]), args.layers)
     outputs = getattr(model, "num_classes", images.classes)
     if not args.no_importance and outputs != images.classes:
         raise UsageError(
             f"{source.label} tells {outputs} classes apart, the images have {images.classes}: path "
             "importance needs its own classes; give --data-dir with those, or --no-importance"
         )
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
+    dropping = [] if args.no_importance else paths
+    # Sums by dropped path, "" where none is.
+    losses: dict[str, float] = defaultdict(float)
+    correct: dict[str, float] = defaultdict(float)
 
-    network = Network(source.label)
-    losses = dict.fromkeys(["", *(path.name for path in chosen)], 0.0)
-    correct = dict.fromkeys(losses, 0)
-    batches = images.batches(
-        args.batch_size, create_transform(**data), "L" if data["input_size"][0] == 1 else "RGB"
-    )
-    with_importance = [] if args.no_importance else chosen
-    with (
-        Recorder(
-            model, chosen, modules, len(images), args.pool, with_input=not args.layers
-        ) as recorder,
-        tqdm(
-            total=len(images) * (1 + len(with_importance)), unit="image", desc=source.label
-        ) as bar,
-    ):
-        for x, y in batches:
+    def add_up(name: str, logits: Any, y: Tensor) -> None:
+        if isinstance(logits, tuple | list):  # distilled models: one output a head
+            logits = torch.stack(list(logits)).mean(0)
+        if outputs == images.classes:
+            losses[name] += F.cross_entropy(logits.float(), y, reduction="sum").item()
+            correct[name] += int((logits.argmax(1) == y).sum())
+        bar.update(len(y))
+
+    transform: Any = create_transform(**data)
+    recorder = Recorder(model, paths, modules, len(images), args.pool, with_input=not args.layers)
+    mode = "L" if data["input_size"][0] == 1 else "RGB"
+    bar = tqdm(total=len(images) * (1 + len(dropping)), unit="image", desc=source.label)
+    with bar:
+        for x, y in images.batches(args.batch_size, transform, mode):
             x, y = x.to(device), y.to(device)
-            _add_up(model(x), y, "", losses, correct, outputs == images.classes)
-            bar.update(len(x))
-            if with_importance:
-                with recorder.paused():
-                    for path in with_importance:
-                        with dropped(model, path):
-                            _add_up(model(x), y, path.name, losses, correct, True)
-                        bar.update(len(x))
-    if outputs == images.classes:
-        network.loss = losses[""] / len(images)
-        network.accuracy = correct[""] / len(images)
-    for path in with_importance:
-        network.importance[path.name] = (
-            losses[path.name] / len(images),
-            correct[path.name] / len(images),
-        )
-    network.skipped = recorder.skipped
+            add_up("", recorder(x), y)
+            for path in dropping:
+                with dropped(model, path):
+                    add_up(path.name, model(x), y)
+    network = Network(source.label, skipped=recorder.skipped)
+    mean = {name: (losses[name] / len(images), correct[name] / len(images)) for name in losses}
+    if mean:
+        network.loss, network.accuracy = mean.pop("")
+        network.importance = {name: (*v, v[0] - network.loss) for name, v in mean.items()}
     for kind in KINDS:
-        _compare(network, kind, getattr(recorder, kind), args.cka == "unbiased")
+        if features := getattr(recorder, kind):
+            network.kinds[kind] = _measure(source.label, features, args.cka == "unbiased")
     return network
 
 
-def _add_up(
-    logits: Tensor, y: Tensor, name: str, losses: dict, correct: dict, comparable: bool
-) -> None:
-    if isinstance(logits, tuple | list):  # distilled models: one output a head
-        logits = torch.stack(list(logits)).mean(0)
-    if comparable:
-        losses[name] += F.cross_entropy(logits.float(), y, reduction="sum").item()
-        correct[name] += (logits.argmax(1) == y).sum().item()
-
-
-def _compare(network: Network, kind: str, layers: dict[str, Tensor], unbiased: bool) -> None:
-    """Similarity and rank of one kind of layer; nothing where there are none."""
-    for name, layer in layers.items():
+def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
+    for name, layer in features.items():
         if not layer.isfinite().all():
             raise UsageError(
-                f"{network.label}: features of {name} are not finite; the weights have diverged, "
+                f"{label}: features of {name} are not finite; the weights have diverged, "
                 "use another checkpoint"
             )
-    if not layers:
-        return
-    features = list(layers.values())
-    network.layers[kind] = list(layers)
-    network.width[kind] = [layer.shape[1] for layer in features]
-    network.cka[kind] = cka_matrix(features, unbiased)
-    network.cosine[kind] = cosine_matrix(features)
-    network.rank[kind] = torch.tensor([effective_rank(layer) for layer in features])
+    layers = list(features.values())
+    return Layers(
+        names=list(features),
+        width=[layer.shape[1] for layer in layers],
+        cka=cka_matrix(layers, unbiased),
+        cosine=cosine_matrix(layers),
+        rank=torch.tensor([effective_rank(layer) for layer in layers]),
+    )
 
 
-def write(args: argparse.Namespace, images: Images, networks: list[Network]) -> None:
+def write(args: argparse.Namespace, output: Path, images: Images, networks: list[Network]) -> None:
     """Figures, tables, summary."""
-    output = check_output(args.output)
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
-    kinds = [kind for kind in KINDS if kind in networks[0].layers]
-    save(
-        similarity_grid(
-            [(KINDS[kind], 0, [network.cka[kind] for network in networks]) for kind in kinds],
-            labels,
-            "similarity (linear CKA)",
-            f"Layer similarity in {args.model}, {len(images)} images",
-        ),
-        output / "similarity.png",
-    )
-    save(
-        lines_per_layer(
-            [(KINDS[kind], [network.rank[kind] for network in networks]) for kind in kinds],
-            labels,
-            "effective rank (dimensions)",
-            f"Dimensions that the features of {args.model} use",
-        ),
-        output / "rank.png",
-    )
+    kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
+    grid = [(KINDS[kind], 0, [own.cka for own in layers]) for kind, layers in kinds.items()]
+    title = f"Layer similarity in {args.model}, {len(images)} images"
+    figure = similarity_grid(grid, labels, "similarity (linear CKA)", title)
+    save(figure, output / "similarity.png")
+    ranks = [(KINDS[kind], [own.rank for own in layers]) for kind, layers in kinds.items()]
+    title = f"Dimensions that the features of {args.model} use"
+    figure = lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
+    save(figure, output / "rank.png")
     write_csv(
         output / "similarity.csv",
         ("network", "layers", "number", "name", "other_number", "other_name", "cka", "cosine"),
         (
-            (n.label, kind, i, a, j, b, f"{n.cka[kind][i, j]:.6f}", f"{n.cosine[kind][i, j]:.6f}")
+            (n.label, kind, i, a, j, b, f"{own.cka[i, j]:.6f}", f"{own.cosine[i, j]:.6f}")
             for n in networks
-            for kind in kinds
-            for i, a in enumerate(n.layers[kind])
-            for j, b in enumerate(n.layers[kind])
+            for kind, own in n.kinds.items()
+            for i, a in enumerate(own.names)
+            for j, b in enumerate(own.names)
         ),
     )
-    write_csv(
-        output / "layers.csv",
-        ("network", "layers", "number", "name", "width", "effective_rank", "rebound"),
-        (row for network in networks for kind in kinds for row in _layer_rows(network, kind)),
-    )
-    if not args.no_importance and networks[0].importance:
-        _write_importance(output, networks, labels)
+    header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
+    write_csv(output / "layers.csv", header, (row for n in networks for row in _layer_rows(n)))
+    if networks[0].importance:
+        names = list(networks[0].importance)
+        rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
+        save(path_importance(names, rises, labels), output / "importance.png")
+        write_csv(
+            output / "importance.csv",
+            ("network", "path", "loss", "accuracy", "loss_rise"),
+            (
+                (n.label, path, *(f"{value:.6f}" for value in values))
+                for n in networks
+                for path, values in n.importance.items()
+            ),
+        )
     text = summary(args, images, networks)
     (output / "summary.txt").write_text(text)
     print(text)
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def _layer_rows(network: Network, kind: str):
-    names = network.layers[kind]
-    climbs = rebounds(network.cka[kind]).tolist() if len(names) > 2 else []
-    climbs = [f"{c:.6f}" for c in climbs] + [""] * (len(names) - len(climbs))
-    for i, name in enumerate(names):
-        rank = f"{network.rank[kind][i]:.4f}"
-        yield (network.label, kind, i, name, network.width[kind][i], rank, climbs[i])
-
-
-def _write_importance(output, networks: list[Network], labels: list[str]) -> None:
-    names = list(networks[0].importance)
-    rises = [torch.tensor([n.importance[p][0] - n.loss for p in names]) for n in networks]
-    save(path_importance(names, rises, labels), output / "importance.png")
-    write_csv(
-        output / "importance.csv",
-        ("network", "path", "loss", "accuracy", "loss_rise"),
-        (
-            (n.label, path, f"{loss:.6f}", f"{accuracy:.6f}", f"{loss - n.loss:.6f}")
-            for n in networks
-            for path, (loss, accuracy) in n.importance.items()
-        ),
-    )
+def _layer_rows(network: Network) -> Iterator[tuple]:
+    for kind, own in network.kinds.items():
+        climbs = rebounds(own.cka).tolist() if len(own.names) > 2 else []
+        for i, name in enumerate(own.names):
+            climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
+            yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
 
 
 def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -> str:
@@ -344,26 +277,22 @@ def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -
     ]
     for network in networks:
         lines += ["", network.label]
-        if network.loss == network.loss:
+        if network.loss is not None:
             lines.append(f"  loss {network.loss:.4f}, top-1 {network.accuracy:.2%}")
-        for kind, names in network.layers.items():
+        for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
-            if len(names) > 2:
-                cka, cosine = network.cka[kind], network.cosine[kind]
-                score = f"{revisit_score(cka):.3f} by CKA, {revisit_score(cosine):.3f} by cosine"
-            rank = statistics.mean(network.rank[kind].tolist())
-            lines.append(
-                f"  {len(names)} {KINDS[kind]}: revisit score {score}; mean effective rank "
-                f"{rank:.1f}"
-            )
+            if len(own.names) > 2:
+                cka, cosine = revisit_score(own.cka), revisit_score(own.cosine)
+                score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
+            rank = statistics.mean(own.rank.tolist())
+            what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"
+            lines.append(f"  {what}; mean effective rank {rank:.1f}")
         if network.importance:
-            ranked = sorted(network.importance.items(), key=lambda item: -item[1][0])
-            shown = "; ".join(f"{p} {v[0] - network.loss:+.4f}" for p, v in ranked[:3])
-            lines.append(f"  paths whose loss matters most: {shown}")
-            shown = "; ".join(f"{p} {v[0] - network.loss:+.4f}" for p, v in ranked[-3:])
-            lines.append(f"  paths that matter least: {shown}")
+            rises = {path: rise for path, (*_, rise) in network.importance.items()}
+            ranked = [f"{p} {rises[p]:+.4f}" for p in sorted(rises, key=lambda p: -rises[p])]
+            lines.append(f"  paths whose loss matters most: {'; '.join(ranked[:3])}")
+            lines.append(f"  paths that matter least: {'; '.join(ranked[-3:])}")
         if network.skipped:
-            lines.append(
-                f"  not a feature per image, left out: {', '.join(sorted(network.skipped))}"
-            )
+            skipped = ", ".join(sorted(network.skipped))
+            lines.append(f"  not a feature per image, left out: {skipped}")
     return "\n".join(lines) + "\n"

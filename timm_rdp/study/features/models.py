@@ -1,7 +1,6 @@
-"""Models by name and checkpoint, for the study."""
+"""Models by name and checkpoint, for `timm-rdp features`."""
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,19 +8,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
 from torch import nn
 
 import timm_rdp
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import UsageError, one_line, refused_with
+from timm_rdp.study.options import refused_model
 from timm_rdp.training.checkpoint import read_checkpoint
 from timm_rdp.training.inputs import img_size_kwargs
-
-# What timm's data config and constructor need to know of how a checkpoint was trained.
-SETTINGS = ("num_classes", "img_size", "input_size", "in_chans", "model_kwargs", "gp")
-DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-EMA_KEYS = ("state_dict_ema", "model_ema")
 
 
 @dataclass
@@ -30,22 +25,8 @@ class Source:
 
     label: str
     path: str | None = None
-    weights: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+    weights: Mapping[str, Any] | None = field(default=None, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-def one_line(error: Exception | str) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
-
-
-def check_model_name(name: str) -> None:
-    """Raises UsageError with the nearest names where timm has no such model."""
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
-    advice = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
-    raise UsageError(f"--model {name}: timm has no such model; {advice}")
 
 
 def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
@@ -61,13 +42,8 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
         UsageError: missing, unreadable, without weights, or of another model.
     """
     if Path(path).suffix == ".safetensors":
-        try:
+        with refused_with(f"--checkpoint {path}: cannot be read"):
             return Source(label, path, load_state_dict(path))
-        except Exception as error:
-            raise UsageError(
-                f"--checkpoint {path}: cannot be read ({one_line(error) or 'no such file'}); "
-                "use another file"
-            ) from error
     # Left on disk until used: optimizer state is never read.
     content = read_checkpoint(path, "--checkpoint", mmap=True)
     if not isinstance(content, Mapping):
@@ -80,11 +56,11 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
             f"--checkpoint {path}: is of {trained}, not of --model {model}; "
             f"give --model {trained} or another checkpoint"
         )
-    keys = EMA_KEYS if use_ema else ("state_dict", "model")
+    keys = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
     key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
     if use_ema and key is None:
         raise UsageError(f"--checkpoint {path}: holds no EMA weights; leave --use-ema out")
-    weights = clean_state_dict(content[key] if key else content)
+    weights = clean_state_dict(dict(content[key] if key else content))
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise UsageError(
             f"--checkpoint {path}: holds no weights (no 'state_dict' of tensors); "
@@ -93,74 +69,65 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     return Source(label, path, weights, settings)
 
 
-def class_count(source: Source, model: str, asked: int | None, of_data: int) -> int | None:
-    """How many outputs to build the model with; None: as many as its pretrained weights have."""
-    if asked:
-        return asked
-    if source.settings.get("num_classes"):
-        return source.settings["num_classes"]
-    if source.weights is None:
-        return of_data
-    classifier = getattr(get_pretrained_cfg(model), "classifier", None)
-    names = (classifier,) if isinstance(classifier, str) else classifier or ()
-    for name in names:
-        if f"{name}.weight" in source.weights:
+def class_count(source: Source, model: str, asked: int | None, of_data: int) -> int:
+    """How many outputs to build the model with: as asked, as trained, or as the data have."""
+    known = asked or source.settings.get("num_classes")
+    if known:
+        return known
+    classifier = getattr(get_pretrained_cfg(model), "classifier", None) or ()
+    for name in (classifier,) if isinstance(classifier, str) else classifier:
+        if source.weights and f"{name}.weight" in source.weights:
             return len(source.weights[f"{name}.weight"])
     return of_data
 
 
-def build(name: str, source: Source, settings: dict[str, Any], pretrained: bool) -> nn.Module:
+def build(
+    args: argparse.Namespace, source: Source, classes: int
+) -> tuple[nn.Module, dict[str, Any]]:
     """Create a model in eval mode, with a DropPath on every path, and load the source's weights.
 
     Args:
-        name: timm's name of the model.
-        source: its weights; random, or timm's with `pretrained`, where it has none.
-        settings: num_classes, img_size, input_size, in_chans, model_kwargs, gp.
+        args: model, pretrained, and num_classes, img_size and in_chans, which count before what the
+            checkpoint was trained with.
+        source: its weights; random, or timm's with `args.pretrained`, where it has none.
+        classes: how many the images have.
+
+    Returns:
+        the model, and what timm's data config needs to know of its images
 
     Raises:
         UsageError: timm cannot build it so, it takes no drop path rate, or the weights do not fit.
     """
-    kwargs = dict(settings["model_kwargs"] or {})
-    kwargs |= img_size_kwargs(argparse.Namespace(model=name, **settings | {"model_kwargs": kwargs}))
-    in_chans = settings["in_chans"] or (settings["input_size"] or [3])[0]
-    try:
+    trained = source.settings
+    sizes = {name: getattr(args, name) or trained.get(name) for name in ("img_size", "in_chans")}
+    sizes["input_size"] = None if args.img_size else trained.get("input_size")
+    outputs = None
+    if not args.pretrained or args.num_classes:
+        outputs = class_count(source, args.model, args.num_classes, classes)
+    kwargs = dict(trained.get("model_kwargs") or {})
+    with refused_model(args.model):
+        asked = argparse.Namespace(model=args.model, model_kwargs=kwargs, **sizes)
         # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
         model = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=settings["num_classes"],
-            in_chans=in_chans,
-            global_pool=settings["gp"],
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=outputs,
+            in_chans=sizes["in_chans"] or (sizes["input_size"] or [3])[0],
+            global_pool=trained.get("gp"),
             drop_path_rate=0.1,
-            **kwargs,
+            **kwargs | img_size_kwargs(asked),
         )
-    except TypeError as error:
-        if "drop_path_rate" not in str(error):
-            raise UsageError(f"--model {name}: cannot be built: {one_line(error)}") from error
-        raise UsageError(
-            f"--model {name}: takes no drop path rate and so has no paths; use a model with "
-            "stochastic depth, e.g. vit_tiny_patch16_224"
-        ) from error
-    except Exception as error:
-        raise UsageError(f"--model {name}: cannot be built: {one_line(error)}") from error
     if source.weights is not None:
-        _load(model, source, name)
+        try:
+            model.load_state_dict(source.weights)
+        except RuntimeError as error:  # it lists all names
+            raise UsageError(
+                f"--checkpoint {source.path}: does not fit --model {args.model} with these "
+                f"--num-classes and --img-size: {one_line(error)[:300]}"
+            ) from error
         source.weights = None
     fill_drop_path_slots(model)
-    return model.eval()
-
-
-def _load(model: nn.Module, source: Source, name: str) -> None:
-    own, weights = model.state_dict(), source.weights
-    wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
-    wrong += [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if wrong:
-        raise UsageError(
-            f"--checkpoint {source.path}: does not fit --model {name}: {len(wrong)} entries are "
-            f"missing, unknown or of another shape, e.g. {wrong[0]}; give the model, "
-            "--num-classes and --img-size that it was trained with"
-        )
-    model.load_state_dict(weights)
+    return model.eval(), sizes
 
 
 def fill_drop_path_slots(model: nn.Module) -> None:
@@ -172,20 +139,13 @@ def fill_drop_path_slots(model: nn.Module) -> None:
 
 
 def trace(name: str, model: nn.Module, size: tuple[int, int, int]) -> tuple[timm_rdp.Path, ...]:
-    """The model's residual paths, in call order.
-
-    Args:
-        name: timm's name of the model.
-        model: with a DropPath on every path.
-        size: of its images, (C, H, W).
+    """The model's residual paths, in call order; its images have the size (C, H, W).
 
     Raises:
         UsageError: it has none.
     """
-    try:
+    with refused_model(name):
         rdp = timm_rdp.ResidualDropPath(model, example_input=torch.zeros(2, *size))
-    except ValueError as error:
-        raise UsageError(f"--model {name}: {one_line(error)}") from error
     paths = rdp.paths
     rdp.detach()
     model.eval()

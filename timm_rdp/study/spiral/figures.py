@@ -1,6 +1,6 @@
 """The figures of `timm-rdp spiral`, each after a caption of the paper (arXiv 2411.09475)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from timm_rdp.study.figures import (
     colour_range,
     heatmap,
     integer_ticks,
-    integer_x,
     new_figure,
 )
 
@@ -22,36 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLASSES = ((0, RED, "o"), (1, BLUE, "x"))
 FIRST = {"paths": 1, "blocks": 0}  # number of the first layer: 0 is the embedding
 LAYERS = {"paths": "path outputs", "blocks": "after each residual sum"}
 
 
 def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
-    for value, colour, marker in CLASSES:
-        own = xy[label == value].numpy()
-        axes.scatter(
-            own[:, 0],
-            own[:, 1],
-            s=size,
-            c=colour,
-            marker=marker,
-            linewidths=size**0.5 / 5,
-            label=f"class {value}",
-        )
-
-
-def _class_legend(figure: "Figure", axes: "Axes") -> None:
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        markerscale=max(1, (14 / handles[0].get_sizes()[0]) ** 0.5),
-    )
+    for value, colour, marker in ((0, RED, "o"), (1, BLUE, "x")):
+        x, y = xy[label == value].T.numpy()
+        look = {"c": colour, "marker": marker, "linewidths": size**0.5 / 5}
+        axes.scatter(x, y, s=size, label=f"class {value}", **look)
+    axes.set_aspect("equal")
 
 
 def spirals(xy: Tensor, label: Tensor) -> "Figure":
@@ -59,11 +38,11 @@ def spirals(xy: Tensor, label: Tensor) -> "Figure":
     figure = new_figure(height=5.2, width=4.8)
     axes = figure.subplots()
     _scatter(axes, xy, label, 14)
-    axes.set_aspect("equal")
     axes.set_xlabel("first coordinate (spiral radius = 1)")
     axes.set_ylabel("second coordinate")
-    _class_legend(figure, axes)
     axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -122,45 +101,28 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
         kind: "paths" or "blocks".
     """
     start, lost, back = strongest_return(similarity, several(len(layers)))
-    planes = aligned_planes(layers, start)
-    columns = 8
-    rows = -(-len(layers) // columns)
-    figure = new_figure(height=1.13 * rows + 0.9)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    frames = {start: "starts", lost: "lost", back: "back"}
     first = FIRST[kind]
-    for axes in grid:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_visible(False)
-    for i, (plane, axes) in enumerate(zip(planes, grid, strict=False)):
-        axes.set_visible(True)
-        _scatter(axes, plane, label, 2)
-        reach = plane.abs().quantile(0.99).item() * 1.25
-        axes.set_xlim(-reach, reach)
-        axes.set_ylim(-reach, reach)
-        axes.set_aspect("equal")
-        framed = i in frames
-        axes.set_title(
-            f"layer {i + first}" + (f": {frames[i]}" if framed else ""),
-            fontsize=8,
-            fontweight="bold" if framed else "normal",
-            pad=3,
-        )
-        for spine in axes.spines.values():
-            spine.set_linewidth(2.2 if framed else 0.5)
-            spine.set_color("black" if framed else GREY)
-    figure.suptitle(
-        f"Features that come back: layer {start + first}'s are lost by layer {lost + first} "
+    rows, columns = -(-len(layers) // 8), 8
+    figure = new_figure(
+        height=1.13 * rows + 0.9,
+        title=f"Features that come back: layer {start + first}'s are lost by layer {lost + first} "
         f"(CKA {similarity[start, lost]:.2f}) and return in layer {back + first} "
         f"({similarity[start, back]:.2f})",
-        fontsize=10,
     )
-    figure.supxlabel(
-        f"{LAYERS[kind]} in the plane most like layer {start + first}'s: first axis "
-        "(red ●: class 0, blue ×: class 1)",
-        fontsize=9,
-    )
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(layers) :]:
+        axes.set_visible(False)
+    frames = {start: ": starts", lost: ": lost", back: ": back"}
+    for i, (plane, axes) in enumerate(zip(aligned_planes(layers, start), grid, strict=False)):
+        _scatter(axes, plane, label, 2)
+        reach = plane.abs().quantile(0.99).item() * 1.25
+        axes.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach))
+        weight, width, colour = ("bold", 2.2, "black") if i in frames else ("normal", 0.5, GREY)
+        title = f"layer {i + first}{frames.get(i, '')}"
+        axes.set_title(title, fontsize=8, fontweight=weight, pad=3)
+        axes.spines[:].set(linewidth=width, color=colour)
+    view = f"{LAYERS[kind]} in the plane most like layer {start + first}'s: first axis "
+    figure.supxlabel(f"{view}(red ●: class 0, blue ×: class 1)", fontsize=9)
     figure.supylabel("second axis (no unit)", fontsize=9)
     return figure
 
@@ -172,48 +134,42 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
         similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
     """
     figure = new_figure(height=6.1)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    top, bottom = halves
     maps = top.subplots(1, 2)
     curves = bottom.subplots(1, 2, sharey=True)
-    low, high = colour_range(list(similarity.values()))
-    for kind, upper, lower in zip(similarity, maps, curves, strict=True):
-        matrix = similarity[kind]
+    scale = colour_range(list(similarity.values()))
+    for (kind, matrix), upper, lower in zip(similarity.items(), maps, curves, strict=True):
         first = FIRST[kind]
-        image = heatmap(upper, matrix, low, high, first)
-        integer_ticks(upper)
-        upper.set_xlabel("layer number")
-        upper.set_ylabel("layer number")
+        heatmap(upper, matrix, scale, first)
+        upper.set(xlabel="layer number", ylabel="layer number")
         score = revisit_score(matrix)
         upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
-        start, lost, back = strongest_return(matrix, several(len(matrix)))
-        numbers = np.arange(len(matrix)) + first
-        lower.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
-        lower.axvline(start + first, color=GREY, linestyle=":")
-        if matrix[start, back] - matrix[start, lost] >= 0.05:
-            for at, text, offset in ((lost, "lost", -17), (back, "back", 9)):
-                value = matrix[start, at].item()
-                lower.plot(at + first, value, "s", color=RED, markeredgecolor="black", markersize=8)
-                lower.annotate(
-                    text,
-                    (at + first, value),
-                    textcoords="offset points",
-                    xytext=(0, offset),
-                    ha="center",
-                    fontsize=8,
-                )
-        lower.set_xlabel("layer number")
-        lower.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
-        lower.set_ylim(-0.2, 1.25)
-        lower.set_yticks((0, 0.5, 1))
-        lower.grid(alpha=0.3)
-        integer_x(lower)
-    curves[1].set_ylabel(f"CKA with layer {start + first}", fontsize=9)
-    top.colorbar(image, ax=maps, label="similarity (linear CKA)", shrink=0.85)
+        _return_curve(lower, matrix, first)
+    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
     top.suptitle(
         "Similarity between the layers of the plain network, and where it returns after a fall",
         fontsize=11,
     )
     return figure
+
+
+def _return_curve(axes: "Axes", matrix: Tensor, first: int) -> None:
+    """Similarity of all layers with the one that returns most strongly."""
+    start, lost, back = strongest_return(matrix, several(len(matrix)))
+    numbers = np.arange(len(matrix)) + first
+    axes.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
+    axes.axvline(start + first, color=GREY, linestyle=":")
+    if matrix[start, back] - matrix[start, lost] >= 0.05:
+        for at, text, offset in ((lost, "lost", -17), (back, "back", 9)):
+            point = (at + first, matrix[start, at].item())
+            axes.plot(*point, "s", color=RED, markeredgecolor="black", markersize=8)
+            where = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(text, point, fontsize=8, **where)
+    axes.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
+    axes.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
+    axes.grid(alpha=0.3)
+    integer_ticks(axes, "x", 8)
 
 
 def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
@@ -266,28 +222,23 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: f
     right = left + 0.84 / bins
     for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
         top = middle + sign * heights[layer, node, value, bin_]
-        corners = [(left, middle), (left, top), (right, top), (right, middle)]
-        bars = np.stack([np.stack(c, -1) for c in corners], 1)
-        axes.add_collection(PolyCollection(bars, facecolors=colour, linewidths=0))
+        bars = np.array([(left, middle), (left, top), (right, top), (right, middle)])
+        axes.add_collection(PolyCollection(list(bars.transpose(2, 0, 1)), fc=colour, lw=0))
     framed = set()
     for n, matrix in enumerate(overlap(histograms)):
         start, lost, back = strongest_return(matrix)
         if matrix[start, back] - matrix[start, lost] >= 0.2:
             framed |= {(start, n), (back, n)}
     square = np.array([(0.04, 0.04), (0.04, 0.96), (0.96, 0.96), (0.96, 0.04)])
-    cells = [(i, n) for i in range(layers) for n in range(dim)]
-    for chosen, colour, width in ((False, GREY, 0.4), (True, "black", 1.8)):
-        boxes = [square + cell for cell in cells if (cell in framed) == chosen]
-        axes.add_collection(
-            PolyCollection(boxes, facecolors="none", edgecolors=colour, linewidths=width)
-        )
-    axes.set_xlim(0, layers)
-    axes.set_ylim(dim, 0)
+    cells = {(i, n) for i in range(layers) for n in range(dim)}
+    for chosen, colour, width in ((cells - framed, GREY, 0.4), (framed, "black", 1.8)):
+        boxes = [square + cell for cell in sorted(chosen)]
+        axes.add_collection(PolyCollection(boxes, fc="none", ec=colour, lw=width))
+    axes.set(xlim=(0, layers), ylim=(dim, 0))
     axes.set_xticks(np.arange(layers) + 0.5, [str(i + first) for i in range(layers)])
     axes.set_yticks(np.arange(dim) + 0.5, [str(n + 1) for n in range(dim)])
     axes.tick_params(length=0, labelsize=fontsize)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=fontsize + 1)
 
 
@@ -298,20 +249,17 @@ def training_strip(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Fi
         snapshots: (step, accuracy, what `node_histograms` returns).
         kind: "paths" or "blocks".
     """
-    columns = 3
-    rows = -(-len(snapshots) // columns)
-    figure = new_figure(height=2.75 * rows + 0.8)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows = -(-len(snapshots) // 3)
+    figure = new_figure(
+        height=2.75 * rows + 0.8,
+        title=f"Distribution of every node's value in every layer during training ({LAYERS[kind]})"
+        ";\nframed: a distribution that a node leaves and comes back to in a later layer",
+    )
+    panels = figure.subplots(rows, 3, squeeze=False).ravel()
     for panel, (step, accuracy, histograms) in zip(panels, snapshots, strict=False):
         _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}", 8)
-    figure.suptitle(
-        f"Distribution of every node's value in every layer during training ({LAYERS[kind]});\n"
-        "framed: a distribution that a node leaves and comes back to in a later layer",
-        fontsize=10,
-    )
-    figure.supxlabel(
-        "layer number; in each box: value of the node, -2.5 to 2.5 standard deviations", fontsize=9
-    )
+    box = "layer number; in each box: value of the node, -2.5 to 2.5 standard deviations"
+    figure.supxlabel(box, fontsize=9)
     figure.supylabel("node; in each box: points (red, up: class 0; blue, down: 1)", fontsize=9)
     return figure
 
@@ -319,38 +267,28 @@ def training_strip(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Fi
 def training_frame(step: int, accuracy: float, histograms: Tensor, kind: str) -> "Figure":
     """One frame of Fig. 4's animation."""
     figure = new_figure(height=4.2, width=4.8)
-    _nodes(
-        figure.subplots(), histograms, FIRST[kind], f"step {step:4d}, accuracy {accuracy:4.0%}", 9
-    )
+    title = f"step {step:4d}, accuracy {accuracy:4.0%}"
+    _nodes(figure.subplots(), histograms, FIRST[kind], title, 9)
     figure.supxlabel("layer number; in each box: the node's value", fontsize=9)
     figure.supylabel("node; in each box: points (red: class 0; blue: 1)", fontsize=9)
     return figure
 
 
-def scores(values: dict[str, dict[str, list[float]]], labels: dict[str, str]) -> "Figure":
-    """The revisit scores of every seed: a panel a measure, a column a variant.
-
-    Args:
-        values: {measure: {variant: one score a seed}}.
-        labels: the measures' names in full.
-    """
-    figure = new_figure(height=2.3 * (-(-len(values) // 2)) + 0.9)
-    grid = figure.subplots(-(-len(values) // 2), 2, squeeze=False).ravel()
+def scores(values: dict[str, dict[str, list[float]]]) -> "Figure":
+    """The scores, {measure: {variant: one a seed}}: a panel a measure, a column a variant."""
+    rows = -(-len(values) // 2)
+    count = max(len(own) for variants in values.values() for own in variants.values())
+    title = f"How much features come back: {count} seeds a variant (dots) and their mean (bars)"
+    figure = new_figure(height=2.3 * rows + 0.9, title=title)
+    grid = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, (measure, variants) in zip(grid, values.items(), strict=False):
         for x, own in enumerate(variants.values()):
-            own = np.asarray(own)
-            spread = np.linspace(-0.15, 0.15, len(own)) if len(own) > 1 else np.zeros(1)
-            axes.plot(x + spread, own, "o", color=BLUE, markersize=4, alpha=0.75)
-            axes.hlines(own.mean(), x - 0.3, x + 0.3, color=RED, linewidth=2.5)
+            spread = np.linspace(-0.15, 0.15, len(own)) if len(own) > 1 else 0
+            axes.plot(x + spread * np.ones(len(own)), own, "o", color=BLUE, ms=4, alpha=0.75)
+            axes.hlines(np.mean(own), x - 0.3, x + 0.3, color=RED, linewidth=2.5)
         axes.set_xticks(range(len(variants)), variants)
-        axes.set_xlim(-0.5, len(variants) - 0.5)
-        axes.set_ylim(bottom=0)
+        axes.set(xlim=(-0.5, len(variants) - 0.5), ylim=(0, None))
         axes.set_ylabel("revisit score", fontsize=9)
-        axes.set_title(labels[measure], fontsize=9)
+        axes.set_title(measure, fontsize=9)
         axes.grid(axis="y", alpha=0.3)
-    count = len(next(iter(next(iter(values.values())).values())))
-    figure.suptitle(
-        f"How much features come back: {count} seeds a variant (dots) and their mean (bars)",
-        fontsize=11,
-    )
     return figure

@@ -1,10 +1,13 @@
 """The paper's toy: two spirals, and a residual network of linear layers that tells them apart."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers.drop import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 import timm_rdp
@@ -61,7 +64,7 @@ class ToyNet(nn.Module):
     def __init__(self, depth: int, dim: int, drop_path: float = 0.0, activation: str = "gelu"):
         super().__init__()
         self.embed = nn.Linear(2, dim)
-        rates = calculate_drop_path_rates(drop_path, depth)
+        rates: Any = calculate_drop_path_rates(drop_path, depth)
         self.layers = nn.ModuleList(Layer(dim, activation, rate) for rate in rates)
         self.head = nn.Linear(dim, 2)
 
@@ -82,6 +85,11 @@ class ToyNet(nn.Module):
         return {"paths": paths, "blocks": blocks}
 
 
+def accuracy(model: ToyNet, data: tuple[Tensor, Tensor]) -> float:
+    """Share of the points, (coordinates, classes), that the network tells right."""
+    return (model(data[0]).argmax(1) == data[1]).float().mean().item()
+
+
 def train(
     variant: str,
     data: tuple[Tensor, Tensor],
@@ -93,12 +101,12 @@ def train(
     drop_path: float,
     activation: str,
     seed: int,
-    watch=None,
+    watch: Callable[[int, ToyNet], None] = lambda step, model: None,
 ) -> ToyNet:
     """Train one toy network on all points at once, with AdamW and a cosine schedule.
 
     Args:
-        variant: "plain" (no DropPath), "droppath" (timm's) or "rdp" (one full cycle a step).
+        variant: "droppath" (timm's), "rdp" (one full cycle a step), or any other (no DropPath).
         data: what `two_spirals` returns.
         steps: batches. Under RDP each is a droppath and a complement iteration, `same` batches.
         lr: learning rate at the start.
@@ -107,31 +115,22 @@ def train(
     """
     x, y = data
     torch.manual_seed(seed)
-    model = ToyNet(depth, dim, 0.0 if variant == "plain" else drop_path, activation)
+    model = ToyNet(depth, dim, drop_path if variant in VARIANTS[1:] else 0.0, activation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     rdp = None
     if variant == "rdp":
         rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
     model.train()
-
-    def update():
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     for step in range(steps):
-        if watch:
-            watch(step, model)
-        if rdp:
-            for iteration in rdp.cycle():
-                with iteration:
-                    update()
-        else:
-            update()
+        watch(step, model)
+        for iteration in rdp.cycle() if rdp else [nullcontext()]:
+            with iteration:
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
         schedule.step()
-    if watch:
-        watch(steps, model)
+    watch(steps, model)
     if rdp:
         rdp.detach()
     return model.eval()
