@@ -1,11 +1,11 @@
 """The figure of a comparison: accuracy against compute."""
 
-import statistics
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from timm_rdp.study.compare.results import Row
-from timm_rdp.study.compare.runs import DONE, VARIANTS
+from timm_rdp.study.compare.runs import VARIANTS
 from timm_rdp.study.figures import MARKERS, TONES, WIDTH, new_figure
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
 
     index = VARIANTS.index(row.variant)
     colour, marker = TONES[_TONE_OF[row.variant]], MARKERS[index]
-    values = [r.top1 for r in row.results if r.status == DONE]
+    values = [r.top1 for r in row.done]
     dots = dict(linestyle="", marker=marker, alpha=0.5, markersize=4.5, markeredgewidth=0)
     axes.plot([place] * len(values), values, color=colour, **dots)
     half = None if row.top1.low is None else row.top1.high - row.top1.mean
@@ -94,7 +94,7 @@ def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
     Returns:
         whether an interval is cut off
     """
-    values = [r.top1 for row in rows for r in row.results if r.status == DONE]
+    values = [r.top1 for row in rows for r in row.done]
     if not values:
         return False
     edges = [e for row in rows for e in (row.top1.low, row.top1.high) if e is not None]
@@ -107,20 +107,9 @@ def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
 
 
 def _side_by_side(places: Sequence[float]) -> list[float]:
-    """Move places that would lie on each other apart, evenly around where they are."""
-    span = max(places) - min(places) if places else 0.0
-    near = 0.05 * (span or 1.0)
-    order = sorted(range(len(places)), key=lambda i: (places[i], i))
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and places[i] - places[groups[-1][-1]] < near:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    moved = list(places)
-    for group in groups:
-        middle = statistics.fmean(places[i] for i in group)
-        for rank, i in enumerate(group):
-            if len(group) > 1:
-                moved[i] = middle + (rank - (len(group) - 1) / 2) * near
+    """Move places that would lie on each other apart, to the right."""
+    near = 0.05 * (max(places, default=0.0) - min(places, default=0.0) or 1.0)
+    moved, last = list(places), -math.inf
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        last = moved[i] = max(places[i], last + near)
     return moved

@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.study.compare.cost import (
     COSTS_OF_PATHS,
     build_on_meta,
@@ -22,7 +22,6 @@ from timm_rdp.study.compare.cost import (
     matched_epochs,
     over_run,
     total_epochs,
-    updates_per_batch,
 )
 from timm_rdp.study.compare.runs import RDP_VARIANTS, RECIPE, variant_flags
 from timm_rdp.training.checkpoint import check_checkpoints
@@ -35,6 +34,7 @@ from timm_rdp.training.options import parse_args
 from timm_rdp.training.outputs import write_atomically
 
 GRID = "grid.json"
+OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 DEFAULT_RATE = 0.1
 # Training flags that differ from run to run, and what to give to compare in their place.
 SET_HERE = {
@@ -54,15 +54,8 @@ SET_HERE = {
 FOR_RDP = ("rdp_every", "rdp_start_epoch")
 # Of no consequence for the results: they may change from one call to the next.
 FREE = (
-    "log_interval",
-    "log_wandb",
-    "wandb_project",
-    "wandb_tags",
-    "wandb_resume_id",
-    "save_images",
-    "checkpoint_hist",
-    "recovery_interval",
-    "pin_mem",
+    *("log_interval", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"),
+    *("save_images", "checkpoint_hist", "recovery_interval", "pin_mem"),
 )
 
 
@@ -83,17 +76,14 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
     for name, instead in SET_HERE.items():
         if name in typed:
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
+    with_rdp = not RDP_VARIANTS.isdisjoint(variants)
     for name in FOR_RDP:
-        if name in typed and not set(variants) & set(RDP_VARIANTS):
+        if name in typed and not with_rdp:
             raise UsageError(f"{flag(name)} {typed[name]} needs rdp or rdp-next in --variants")
-    if typed.get("output"):
-        raise UsageError("--output is given twice")
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     # Whatever the config says of these: its other options are checked.
     neutral = ["--seed", "0", "--drop-path", str(DEFAULT_RATE), "--resume", ""]
-    if not (typed.get("torchscript") or config.get("torchscript")):
-        neutral.append("--rdp")  # which options for RDP are refused without
-    options = parse_args([*rest, *neutral])
+    options = parse_args([*rest, *neutral, *(["--rdp"] if with_rdp else [])])
     if "checkpoint_hist" not in typed.keys() | config.keys():
         options.checkpoint_hist = 1  # timm keeps ten, of every run
     return options, config.get("drop_path") or DEFAULT_RATE
@@ -109,17 +99,10 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     return shared
 
 
-def identity(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that make a grid what it is, as grid.json holds them."""
-    kept = {k: v for k, v in shared_options(options).items() if k not in FREE}
-    kept |= {name: getattr(options, name) for name in FOR_RDP}
-    return json.loads(json.dumps(kept, sort_keys=True, default=str))
-
-
-def rdp_options(options: argparse.Namespace | dict) -> list[str]:
+def rdp_options(options: argparse.Namespace) -> list[str]:
     """The flags that only the RDP variants get."""
-    values = options if isinstance(options, dict) else vars(options)
-    return [word for name in FOR_RDP if values[name] for word in (flag(name), str(values[name]))]
+    values = {flag(name): getattr(options, name) for name in FOR_RDP}
+    return [word for name, value in values.items() if value for word in (name, str(value))]
 
 
 def read_grid(output: Path) -> dict[str, Any] | None:
@@ -128,34 +111,29 @@ def read_grid(output: Path) -> dict[str, Any] | None:
     Raises:
         UsageError: it is no such file.
     """
-    try:
-        grid = json.loads((output / GRID).read_text())
-        for name in ("options", "versions", "data", "costs", "matched_epochs"):
-            if not isinstance(grid[name], dict):
-                raise ValueError(f"{name} is no mapping")
-        _check_grid(grid)
-    except FileNotFoundError:
+    if not (output / GRID).exists():
         return None
-    except KeyError as error:
-        raise UsageError(f"{output / GRID} has no entry {error}; use another folder") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{output / GRID} cannot be read ({error}); use another folder") from None
+    with refused_with(f"{output / GRID} cannot be used, name another folder"):
+        grid = json.loads((output / GRID).read_text())
+        _check_grid(grid)
     return grid
 
 
 def _check_grid(grid: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError where something is missing that is read later."""
-    grid["match"]
-    for name in ("model", "data_dir", "dataset", *FOR_RDP):
-        grid["options"][name]
+    """Raise where something is missing that is read later."""
+
+    def need(entries: dict[str, Any], *names: str) -> None:
+        if lacking := [name for name in names if name not in entries]:
+            raise ValueError(f"it has no entry {lacking[0]!r}")
+
+    need(grid, "options", "versions", "data", "costs", "matched_epochs")
+    need(grid["options"], "model", "data_dir", "dataset", *FOR_RDP)
     for rate, costs in grid["costs"].items():
-        for name in ("update",) if rate == _key(None) else ("update", *COSTS_OF_PATHS):
-            costs[name]
+        need(costs, "update", *(() if rate == _key(None) else COSTS_OF_PATHS))
     if grid["costs"]:
-        for name in ("batches_per_epoch", "batch_size"):
-            grid["data"][name]
-    if not isinstance(grid.get("runs", []), list):
-        raise ValueError("runs is no list")
+        need(grid["data"], "batches_per_epoch", "batch_size")
+    if (match := grid.get("match", "flops")) != "flops":
+        raise ValueError(f"its droppath-matched is matched by {match}, which is no more")
 
 
 def write_grid(output: Path, grid: dict[str, Any]) -> None:
@@ -163,9 +141,7 @@ def write_grid(output: Path, grid: dict[str, Any]) -> None:
     write_atomically(str(output / GRID), (json.dumps(grid, indent=2) + "\n").encode())
 
 
-def same_grid(
-    output: Path, options: argparse.Namespace, match: str, written: Sequence[str]
-) -> dict[str, Any]:
+def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The grid that the output folder holds, or a new one.
 
     Tells where it was begun with another version of torch or timm.
@@ -173,52 +149,38 @@ def same_grid(
     Args:
         output: the folder, which need not exist.
         options: shared by all runs.
-        match: what droppath-matched has in common with rdp.
-        written: names of the files that a report writes.
 
     Raises:
         UsageError: the folder holds another grid, or results of something else.
     """
     grid = read_grid(output)
-    own = identity(options)
+    kept = {k: v for k, v in shared_options(options).items() if k not in FREE}
+    kept |= {name: getattr(options, name) for name in FOR_RDP}
+    own = json.loads(json.dumps(kept, sort_keys=True, default=str))
     versions = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if grid is None:
-        there = [name for name in ("runs", *written) if (output / name).exists()]
+        there = [name for name in ("runs", *OUTPUTS) if (output / name).exists()]
         if there:
             raise UsageError(
                 f"--output {output}: holds {there[0]}, but no {GRID} that says of which grid; "
                 "name another folder"
             )
-        return {
-            "options": own,
-            "match": match,
-            "versions": versions,
-            "data": {},
-            "costs": {},
-            "matched_epochs": {},
-        }
-    then = {**grid["options"], "match": grid["match"]}
-    now = {**own, "match": match}
+        empty = {name: {} for name in ("data", "costs", "matched_epochs")}
+        return {"options": own, "versions": versions, **empty}
+    then, now = grid["options"], own
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name) and not _same_folder(name, then, now):
+        a, b = then.get(name), now.get(name)
+        if name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b):
+            continue
+        if a != b:
             raise UsageError(
-                f"--output {output}: holds another grid ({flag(name)} {then.get(name)} there, "
-                f"{now.get(name)} here); name another folder"
+                f"--output {output}: holds another grid ({flag(name)} {a} there, {b} here); "
+                "name another folder"
             )
-    for name, version in versions.items():
-        if grid["versions"].get(name) != version:
-            print(
-                f"timm-rdp compare: {output} was begun with {name} {grid['versions'].get(name)}, "
-                f"this is {version}: results may differ",
-                file=sys.stderr,
-            )
+    if grid["versions"] != versions:
+        begun = ", ".join(f"{name} {version}" for name, version in grid["versions"].items())
+        print(f"{output} was begun with {begun}: results may differ now", file=sys.stderr)
     return grid
-
-
-def _same_folder(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether an option is the data folder, only written in another way."""
-    folders = [options.get(name) for options in (then, now)]
-    return name == "data_dir" and all(folders) and len(set(map(os.path.realpath, folders))) == 1
 
 
 def check_runs(
@@ -239,38 +201,37 @@ def check_runs(
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
     start, total = options.rdp_start_epoch, total_epochs(options, options.epochs)
-    if start >= total and set(variants) & set(RDP_VARIANTS):
+    if start >= total and not RDP_VARIANTS.isdisjoint(variants):
         raise UsageError(
             f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
             "give a smaller one"
         )
+    cells = [(v, r) for r in rates for v in variants if v != "plain"]
+    cells += [("plain", None)] if "plain" in variants else []
+    parsed = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / RECIPE
         recipe.write_text(yaml.safe_dump(shared_options(options)))
-        cells = [(v, r) for r in rates for v in variants if v != "plain"]
-        if "plain" in variants:
-            cells.append(("plain", None))
-        parsed = {}
         for variant, rate in cells:
             flags = variant_flags(variant, rate, rdp_options(options))
             run = ["--seed", str(last_seed), "--output", str(output / "runs")]
             parsed[rate] = parse_args(["-c", str(recipe), *flags, *run])
-    first = next(iter(parsed.values()))
-    check_limits(first)
-    check_data(first)
-    check_checkpoints(first)
-    new = [(rate, args) for rate, args in parsed.items() if _key(rate) not in grid["costs"]]
-    for rate, args in new:
-        model, data_config, batches = build_on_meta(args)
-        grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
-        grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
+    for check in (check_limits, check_data, check_checkpoints):
+        check(next(iter(parsed.values())))
+    for rate, args in parsed.items():
+        if _key(rate) not in grid["costs"]:
+            model, data_config, batches = build_on_meta(args)
+            grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
+            grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
 
 
 def _key(rate: float | None) -> str:
     return "plain" if rate is None else str(rate)
 
 
-def flops_of_epochs(grid: dict[str, Any], variant: str, rate: float | None, epochs: int):
+def flops_of_epochs(
+    grid: dict[str, Any], variant: str, rate: float | None, epochs: int
+) -> float | None:
     """FLOPs of a run's first epochs as expected over masks; None where they were not counted."""
     costs, options = grid["costs"].get(_key(rate)), grid["options"]
     if not costs or costs["update"] is None:
@@ -281,40 +242,19 @@ def flops_of_epochs(grid: dict[str, Any], variant: str, rate: float | None, epoc
     return images * over_run(own, costs["update"], epochs, start)
 
 
-def settle_matched(
-    grid: dict[str, Any],
-    options: argparse.Namespace,
-    rate: float,
-    seconds: dict[str, float] | None = None,
-) -> int | None:
-    """The --epochs of droppath-matched at a rate, kept in the grid; None where not yet known.
-
-    Args:
-        grid: as in grid.json; gets the number.
-        options: shared by all runs.
-        rate: the drop rate.
-        seconds: of a run of rdp and of droppath, where time is what is matched.
+def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:
+    """The --epochs of droppath-matched at a rate, whose FLOPs are those of rdp; kept in the grid.
 
     Raises:
-        UsageError: FLOPs are what is matched, and they cannot be counted.
+        UsageError: FLOPs cannot be counted.
     """
-    if _key(rate) in grid["matched_epochs"]:
-        return grid["matched_epochs"][_key(rate)]
-    total = total_epochs(options, options.epochs)
-    if grid["match"] == "flops":
-        own = flops_of_epochs(grid, "rdp", rate, total)
-        if own is None:
+    if _key(rate) not in grid["matched_epochs"]:
+        total = total_epochs(options, options.epochs)
+        rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
+        if rdp is None or usual is None:
             raise UsageError(
-                f"--match flops: the operations of {options.model} cannot be counted without "
-                "data; give --match updates or --match time"
+                f"--variants droppath-matched: the operations of {options.model} cannot be counted "
+                "without data; leave it out"
             )
-        ratio = own / flops_of_epochs(grid, "droppath", rate, total)
-    elif grid["match"] == "updates":
-        own = updates_per_batch("rdp", grid["costs"][_key(rate)], options.rdp_every)
-        ratio = over_run(own, 1.0, total, options.rdp_start_epoch) / total
-    elif seconds is None:
-        return None
-    else:
-        ratio = seconds["rdp"] / seconds["droppath"]
-    grid["matched_epochs"][_key(rate)] = matched_epochs(options, ratio)
+        grid["matched_epochs"][_key(rate)] = matched_epochs(options, rdp / usual)
     return grid["matched_epochs"][_key(rate)]
