@@ -1,5 +1,6 @@
 """`timm-rdp compare`: what it runs, what it makes of the results, and what it refuses."""
 
+import argparse
 import csv
 import itertools
 import json
@@ -61,7 +62,7 @@ def grid(tmp_path_factory, digits_folder) -> Path:
     command = [*recipe(digits_folder), "--output", str(output), "--drop-paths", "0.5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_cost, "FLOP_CYCLES", 3)
-        assert compare.main([*command, "--seeds", "1", *SEEN]) == 0
+        assert compare.main([*command, "--seeds", "1", "--jobs", "2", *SEEN]) == 0
     return output
 
 
@@ -134,6 +135,22 @@ def stubbed(tmp_path, monkeypatch, digits_folder) -> Stubbed:
     return Stubbed(tmp_path, digits_folder, monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory, digits_folder) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        stubbed = Stubbed(tmp_path_factory.mktemp("finished"), digits_folder, patch)
+        assert stubbed("--seeds", 1) == 0
+    return stubbed.output
+
+
+@pytest.fixture
+def finished(finished_once, stubbed, capsys) -> Stubbed:
+    """The same, with a finished comparison of one seed in its output folder."""
+    shutil.copytree(finished_once, stubbed.output)
+    capsys.readouterr()
+    return stubbed
+
+
 # What is run
 
 
@@ -176,12 +193,13 @@ def test_variants_differ_in_their_drop_path_alone(stubbed):
         flags[name] = " ".join(argv)
     matched = flags.pop("droppath-matched-0.1-seed0")
     assert matched.startswith("--drop-path 0.1 --epochs ")
+    rdp = "--rdp --rdp-every 3 --rdp-start-epoch 0"
     assert flags == {
         "plain-seed0": "--drop-path 0.0",
         "droppath-0.1-seed0": "--drop-path 0.1",
         "droppath-batch-0.1-seed0": "--drop-path 0.1 --rdp --rdp-every 1000000000",
-        "rdp-0.1-seed0": "--drop-path 0.1 --rdp --rdp-every 3",
-        "rdp-next-0.1-seed0": "--drop-path 0.1 --rdp --rdp-every 3 --rdp-batch next",
+        "rdp-0.1-seed0": f"--drop-path 0.1 {rdp}",
+        "rdp-next-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-batch next",
     }
 
 
@@ -189,7 +207,7 @@ def test_plain_has_no_drop_path_even_where_the_model_has_one_by_default():
     assert any(
         isinstance(m, DropPath) for m in timm.create_model("swin_tiny_patch4_window7_224").modules()
     )
-    rate = float(compare_runs.variant_flags("plain", None)[1])
+    rate = float(compare_runs.variant_flags("plain", None, argparse.Namespace())[1])
     model = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=rate)
     assert not any(isinstance(m, DropPath) for m in model.modules())
 
@@ -214,16 +232,15 @@ def test_finished_runs_are_skipped_and_nothing_of_theirs_is_touched(grid, digits
     assert {p: text for p, (_, text) in state(grid).items()} == everything
 
 
-def test_a_grid_can_be_extended_by_seeds_variants_and_rates(stubbed):
-    assert stubbed("--seeds", 1) == 0
+def test_a_grid_can_be_extended_by_seeds_variants_and_rates(finished):
     more = ("--seeds", 2, "--variants", "plain", "droppath", "--drop-paths", 0.1, 0.3)
-    assert stubbed(*more) == 0
-    names = [name for name, *_ in stubbed.calls()]
+    assert finished(*more) == 0
+    names = [name for name, *_ in finished.calls()]
     assert names == [
         "plain-seed0", "droppath-0.3-seed0",
         "plain-seed1", "droppath-0.1-seed1", "droppath-0.3-seed1",
     ]  # fmt: skip
-    table = read(stubbed.output / "table.csv")
+    table = read(finished.output / "table.csv")
     found = {(row["drop_path"], row["variant"]): row["seeds"] for row in table}
     assert found == {
         ("0.1", "plain"): "2", ("0.1", "droppath"): "2", ("0.1", "rdp"): "1",
@@ -313,15 +330,14 @@ def test_jobs_on_cuda_take_turns_over_the_gpus_that_are_visible(monkeypatch):
     assert alone["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
-def test_two_comparisons_do_not_work_in_one_folder(stubbed, capsys):
-    assert stubbed("--seeds", 1) == 0
-    lock = compare.lock_folder(stubbed.output)
+def test_two_comparisons_do_not_work_in_one_folder(finished, capsys):
+    lock = compare.lock_folder(finished.output)
     try:
-        assert stubbed("--seeds", 2) == 2
+        assert finished("--seeds", 2) == 2
     finally:
         os.close(lock)
     assert "another comparison is at work there" in capsys.readouterr().err
-    assert stubbed.calls() == []
+    assert finished.calls() == []
 
 
 # droppath-matched, and what runs cost
@@ -561,12 +577,12 @@ def test_one_seed_gets_neither_interval_nor_test(stubbed, capsys):
     assert row["low"] == row["sd"] == row["p_to_droppath"] == ""
 
 
-def test_the_last_epoch_counts_unless_the_best_is_asked_for_and_that_is_said(stubbed):
-    assert stubbed("--seeds", 1) == 0  # the stub's first epoch is 10 points better
-    assert {row["top1"] for row in read(stubbed.output / "runs.csv")} == {"50"}
-    assert compare.main(["--report", str(stubbed.output), "--pick", "best"]) == 0
-    assert {row["top1"] for row in read(stubbed.output / "runs.csv")} == {"60"}
-    assert "picked on that very set" in (stubbed.output / "table.md").read_text()
+def test_the_last_epoch_counts_unless_the_best_is_asked_for_and_that_is_said(finished):
+    # The stub's first epoch is 10 points better.
+    assert {row["top1"] for row in read(finished.output / "runs.csv")} == {"50"}
+    assert compare.main(["--report", str(finished.output), "--pick", "best"]) == 0
+    assert {row["top1"] for row in read(finished.output / "runs.csv")} == {"60"}
+    assert "picked on that very set" in (finished.output / "table.md").read_text()
 
 
 @pytest.mark.parametrize("more", [["--lr", "1e30"], ["--lr", "1e30", "--opt", "sgd"]])
@@ -640,31 +656,30 @@ def test_a_run_whose_folder_was_removed_is_trained_again(stubbed, capsys):
         ("grid.json", b"no json"),
     ],
 )
-def test_a_damaged_file_is_named_and_nothing_is_overwritten(stubbed, name, content, again, capsys):
-    assert stubbed("--seeds", 1) == 0
-    (stubbed.output / name).write_bytes(content)
-    before = state(stubbed.output)
+def test_a_damaged_file_is_named_and_nothing_is_overwritten(finished, name, content, again, capsys):
+    (finished.output / name).write_bytes(content)
+    before = state(finished.output)
     capsys.readouterr()
-    run_again = lambda: stubbed("--seeds", 1)
-    report = lambda: compare.main(["--report", str(stubbed.output)])
+    run_again = lambda: finished("--seeds", 1)
+    report = lambda: compare.main(["--report", str(finished.output)])
     assert (run_again if again else report)() == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and str(stubbed.output / name) in err, err
+    assert out == "" and len(err.splitlines()) == 1 and str(finished.output / name) in err, err
     assert "delete" in err or "another folder" in err
-    assert state(stubbed.output) == before and (not again or stubbed.calls() == [])
+    assert state(finished.output) == before and (not again or finished.calls() == [])
 
 
 @pytest.mark.parametrize("entry", ["options", "costs", "data"])
-def test_a_grid_that_lacks_an_entry_is_named(stubbed, entry, capsys):
-    assert stubbed("--seeds", 1) == 0
-    path = stubbed.output / "grid.json"
+def test_a_grid_that_lacks_an_entry_is_named(finished, entry, capsys):
+    path = finished.output / "grid.json"
     grid = json.loads(path.read_text())
     grid[entry] = {"0.1": {}} if entry == "costs" else {}
     path.write_text(json.dumps(grid))
     capsys.readouterr()
-    assert compare.main(["--report", str(stubbed.output)]) == 2
+    assert compare.main(["--report", str(finished.output)]) == 2
     err = capsys.readouterr().err
-    assert str(path) in err and "has no entry" in err and len(err.splitlines()) == 1
+    lacking = {"options": "'model'", "costs": "'update'", "data": "'batches_per_epoch'"}[entry]
+    assert str(path) in err and lacking in err and len(err.splitlines()) == 1
 
 
 def _with_data_dir(grid: dict, folder: str) -> dict:
@@ -672,16 +687,15 @@ def _with_data_dir(grid: dict, folder: str) -> dict:
 
 
 def test_the_same_data_by_another_path_are_the_same_grid(
-    stubbed, digits_folder, monkeypatch, capsys
+    finished, digits_folder, monkeypatch, capsys
 ):
-    assert stubbed("--seeds", 1) == 0
     monkeypatch.chdir(digits_folder.parent)
-    assert stubbed("--seeds", 1, "--data-dir", digits_folder.name) == 0
-    assert stubbed.calls() == []
-    path = stubbed.output / "grid.json"
+    assert finished("--seeds", 1, "--data-dir", digits_folder.name) == 0
+    assert finished.calls() == []
+    path = finished.output / "grid.json"
     path.write_text(json.dumps(_with_data_dir(json.loads(path.read_text()), "/gone/digits")))
     capsys.readouterr()
-    assert stubbed("--seeds", 1) == 2
+    assert finished("--seeds", 1) == 2
     assert "--data-dir" in capsys.readouterr().err
 
 
@@ -795,21 +809,19 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         (["--rdp-every", "2"], ("--rdp-every 1 there, 2 here",)),
     ],
 )
-def test_results_of_another_grid_are_refused_and_kept(stubbed, change, words, capsys):
-    assert stubbed("--seeds", 1) == 0
-    before = state(stubbed.output)
+def test_results_of_another_grid_are_refused_and_kept(finished, change, words, capsys):
+    before = state(finished.output)
     capsys.readouterr()
-    assert stubbed("--seeds", 2, *change) == 2
+    assert finished("--seeds", 2, *change) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
     assert all(word in err for word in words), err
-    assert state(stubbed.output) == before and stubbed.calls() == []
+    assert state(finished.output) == before and finished.calls() == []
 
 
-def test_what_does_not_change_results_may_change_from_call_to_call(stubbed):
-    assert stubbed("--seeds", 1) == 0
-    assert stubbed("--seeds", 2, "--log-interval", 7, "--checkpoint-hist", 3, "--jobs", 2) == 0
-    assert len(stubbed.calls()) == 2
+def test_what_does_not_change_results_may_change_from_call_to_call(finished):
+    assert finished("--seeds", 2, "--log-interval", 7, "--checkpoint-hist", 3, "--jobs", 2) == 0
+    assert len(finished.calls()) == 2
 
 
 def test_a_folder_with_results_of_something_else_is_refused(stubbed, capsys):
@@ -820,7 +832,7 @@ def test_a_folder_with_results_of_something_else_is_refused(stubbed, capsys):
     assert (stubbed.output / "table.md").read_text() == "mine"
     (stubbed.output / "grid.json").write_text("{}")
     assert stubbed("--seeds", 1) == 2
-    assert "no entry 'options'" in capsys.readouterr().err
+    assert "grid.json cannot be used, name another folder: 'options'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])

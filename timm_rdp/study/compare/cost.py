@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -161,7 +161,7 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.lr)
     with warnings.catch_warnings(), refused_with(f"--sched {args.sched} with --epochs {epochs}"):
         warnings.simplefilter("ignore")  # the run itself says them once
-        kwargs = scheduler_kwargs(options)
+        kwargs = dict[str, Any](scheduler_kwargs(options))
         return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)[1]
 
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def convolution_backward_flops(
-    grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_: Any
+    grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_kwargs: Any
 ) -> int:
     """FLOPs of a convolution's backward: each of its two gradients takes as many as the forward.
 

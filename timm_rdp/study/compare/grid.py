@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import torch
 import yaml
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.study.compare.cost import (
-    COSTS_OF_PATHS,
-    build_on_meta,
-    count_costs,
-    flops_per_image,
-    matched_epochs,
-    over_run,
-    total_epochs,
+from timm_rdp.study.compare import cost
+from timm_rdp.study.compare.runs import (
+    FOR_RDP,
+    MATCHED,
+    RDP_VARIANTS,
+    RECIPE,
+    Cell,
+    Training,
+    variant_flags,
 )
-from timm_rdp.study.compare.runs import RDP_VARIANTS, RECIPE, variant_flags
 from timm_rdp.training.checkpoint import check_checkpoints
 from timm_rdp.training.checks import flag
 from timm_rdp.training.config import read_config
@@ -38,20 +39,12 @@ OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 DEFAULT_RATE = 0.1
 # Training flags that differ from run to run, and what to give to compare in their place.
 SET_HERE = {
-    "seed": "--first-seed and --seeds",
-    "data_seed": "--first-seed and --seeds",
-    "rdp": "--variants rdp",
-    "rdp_batch": "--variants rdp-next",
-    "rdp_seed": "--first-seed and --seeds, which masks follow",
+    **dict.fromkeys(("seed", "data_seed", "rdp_seed"), "--first-seed and --seeds"),
+    **dict.fromkeys(("rdp", "rdp_batch", "skip_dropped"), "--variants"),
+    **dict.fromkeys(("resume", "no_resume_opt", "start_epoch"), "the same command again"),
     "drop_path": "--drop-paths",
-    "skip_dropped": "--variants",
     "experiment": "--output",
-    **dict.fromkeys(
-        ("resume", "no_resume_opt", "start_epoch"),
-        "the same command again, which goes on where it was interrupted",
-    ),
 }
-FOR_RDP = ("rdp_every", "rdp_start_epoch")
 # Of no consequence for the results: they may change from one call to the next.
 FREE = (
     *("log_interval", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"),
@@ -99,46 +92,32 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     return shared
 
 
-def rdp_options(options: argparse.Namespace) -> list[str]:
-    """The flags that only the RDP variants get."""
-    values = {flag(name): getattr(options, name) for name in FOR_RDP}
-    return [word for name, value in values.items() if value for word in (name, str(value))]
-
-
 def read_grid(output: Path) -> dict[str, Any] | None:
     """What grid.json in a folder says; None where there is none.
 
     Raises:
-        UsageError: it is no such file.
+        UsageError: it lacks something that is read later.
     """
     if not (output / GRID).exists():
         return None
     with refused_with(f"{output / GRID} cannot be used, name another folder"):
         grid = json.loads((output / GRID).read_text())
-        _check_grid(grid)
+        if grid.get("match", "flops") != "flops":
+            raise ValueError(f"droppath-matched was matched by {grid['match']}, not by FLOPs")
+        for name in ("model", "data_dir", "dataset", *FOR_RDP):
+            grid["options"][name]
+        for name in ("versions", "matched_epochs"):
+            grid[name].keys()
+        for key, variant in product(grid["costs"], ("plain", "droppath-batch", "rdp")):
+            if (key == "plain") == (variant == "plain"):
+                flops_of_epochs(grid, variant, None if key == "plain" else float(key), 1)
     return grid
 
 
-def _check_grid(grid: dict[str, Any]) -> None:
-    """Raise where something is missing that is read later."""
-
-    def need(entries: dict[str, Any], *names: str) -> None:
-        if lacking := [name for name in names if name not in entries]:
-            raise ValueError(f"it has no entry {lacking[0]!r}")
-
-    need(grid, "options", "versions", "data", "costs", "matched_epochs")
-    need(grid["options"], "model", "data_dir", "dataset", *FOR_RDP)
-    for rate, costs in grid["costs"].items():
-        need(costs, "update", *(() if rate == _key(None) else COSTS_OF_PATHS))
-    if grid["costs"]:
-        need(grid["data"], "batches_per_epoch", "batch_size")
-    if (match := grid.get("match", "flops")) != "flops":
-        raise ValueError(f"its droppath-matched is matched by {match}, which is no more")
-
-
-def write_grid(output: Path, grid: dict[str, Any]) -> None:
-    """Write grid.json."""
+def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write grid.json and recipe.yaml."""
     write_atomically(str(output / GRID), (json.dumps(grid, indent=2) + "\n").encode())
+    write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
 
 
 def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -162,14 +141,12 @@ def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
         there = [name for name in ("runs", *OUTPUTS) if (output / name).exists()]
         if there:
             raise UsageError(
-                f"--output {output}: holds {there[0]}, but no {GRID} that says of which grid; "
-                "name another folder"
+                f"--output {output}: holds {there[0]} of something else; name another folder"
             )
         empty = {name: {} for name in ("data", "costs", "matched_epochs")}
         return {"options": own, "versions": versions, **empty}
-    then, now = grid["options"], own
-    for name in sorted(then.keys() | now.keys()):
-        a, b = then.get(name), now.get(name)
+    for name in sorted(grid["options"].keys() | own.keys()):
+        a, b = grid["options"].get(name), own.get(name)
         if name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b):
             continue
         if a != b:
@@ -200,7 +177,7 @@ def check_runs(
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
-    start, total = options.rdp_start_epoch, total_epochs(options, options.epochs)
+    start, total = options.rdp_start_epoch, cost.total_epochs(options, options.epochs)
     if start >= total and not RDP_VARIANTS.isdisjoint(variants):
         raise UsageError(
             f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
@@ -213,33 +190,29 @@ def check_runs(
         recipe = Path(folder) / RECIPE
         recipe.write_text(yaml.safe_dump(shared_options(options)))
         for variant, rate in cells:
-            flags = variant_flags(variant, rate, rdp_options(options))
+            flags = variant_flags(variant, rate, options)
             run = ["--seed", str(last_seed), "--output", str(output / "runs")]
             parsed[rate] = parse_args(["-c", str(recipe), *flags, *run])
     for check in (check_limits, check_data, check_checkpoints):
         check(next(iter(parsed.values())))
     for rate, args in parsed.items():
-        if _key(rate) not in grid["costs"]:
-            model, data_config, batches = build_on_meta(args)
-            grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
+        if (key := str(rate or "plain")) not in grid["costs"]:
+            model, data_config, batches = cost.build_on_meta(args)
+            grid["costs"][key] = cost.count_costs(args, model, data_config, rate is not None)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
-
-
-def _key(rate: float | None) -> str:
-    return "plain" if rate is None else str(rate)
 
 
 def flops_of_epochs(
     grid: dict[str, Any], variant: str, rate: float | None, epochs: int
 ) -> float | None:
     """FLOPs of a run's first epochs as expected over masks; None where they were not counted."""
-    costs, options = grid["costs"].get(_key(rate)), grid["options"]
+    costs, options = grid["costs"].get(str(rate or "plain")), grid["options"]
     if not costs or costs["update"] is None:
         return None
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
-    own = flops_per_image(variant, costs, options["rdp_every"])
+    own = cost.flops_per_image(variant, costs, options["rdp_every"])
     start = options["rdp_start_epoch"] if variant in RDP_VARIANTS else 0
-    return images * over_run(own, costs["update"], epochs, start)
+    return images * cost.over_run(own, costs["update"], epochs, start)
 
 
 def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:
@@ -248,13 +221,27 @@ def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: floa
     Raises:
         UsageError: FLOPs cannot be counted.
     """
-    if _key(rate) not in grid["matched_epochs"]:
-        total = total_epochs(options, options.epochs)
+    if str(rate) not in grid["matched_epochs"]:
+        total = cost.total_epochs(options, options.epochs)
         rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
         if rdp is None or usual is None:
             raise UsageError(
-                f"--variants droppath-matched: the operations of {options.model} cannot be counted "
+                f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
                 "without data; leave it out"
             )
-        grid["matched_epochs"][_key(rate)] = matched_epochs(options, rdp / usual)
-    return grid["matched_epochs"][_key(rate)]
+        grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
+    return grid["matched_epochs"][str(rate)]
+
+
+def training_of(
+    cell: Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
+) -> Training:
+    """What to train for a cell."""
+    flags = variant_flags(cell.variant, cell.drop_path, options)
+    flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
+    epochs = options.epochs
+    if cell.variant == MATCHED:
+        epochs = grid["matched_epochs"][str(cell.drop_path)]
+        flags += ["--epochs", str(epochs)]
+    folder = output / "runs" / cell.name
+    return Training(folder, tuple(flags), cost.total_epochs(options, epochs))

@@ -7,42 +7,18 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
 from timm.utils.distributed import is_distributed_env
 
 from timm_rdp.errors import TrainingError, UsageError, refused_with, report
-from timm_rdp.study.compare.cost import total_epochs
-from timm_rdp.study.compare.grid import (
-    check_runs,
-    rdp_options,
-    read_recipe,
-    same_grid,
-    settle_matched,
-    shared_options,
-    write_grid,
-)
+from timm_rdp.study.compare import grid as grids
+from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
-from timm_rdp.study.compare.runs import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    MATCHED,
-    RECIPE,
-    VARIANTS,
-    Cell,
-    Training,
-    all_cells,
-    read_record,
-    slot_environments,
-    train_all,
-    variant_flags,
-)
 from timm_rdp.study.figures import check_matplotlib
 from timm_rdp.training.checks import flag
-from timm_rdp.training.outputs import check_output, write_atomically
+from timm_rdp.training.outputs import check_output
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,21 +30,17 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `timm-rdp compare`; all others are the training script's."""
     parser = _Parser(
         prog="timm-rdp compare",
-        usage="timm-rdp compare [-h] [--variants V [V ...]] [--seeds N] [--first-seed N] "
-        "[--drop-paths R [R ...]]\n       [--jobs N] [--retry] [--pick {last,best}] "
-        "[--output DIR] FLAGS OF TIMM-RDP TRAIN\n"
-        "       timm-rdp compare --report DIR [--pick {last,best}]",
         description="Train variants x seeds x drop rates, everything else identical, and say what "
         "the results support. All other flags go to the training script (timm-rdp train --help).",
         epilog="The same command again goes on: finished runs are skipped, interrupted ones "
         "resumed; more seeds, variants and rates may be asked for. Writes runs.csv, table.md, "
-        f"table.csv and comparison.png. {MATCHED} gets as many epochs as cost the FLOPs of rdp.",
+        f"table.csv and comparison.png. {runs.MATCHED} gets epochs for the FLOPs of rdp.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     # fmt: off
-    add("--variants", nargs="+", default=["droppath", "rdp"], choices=VARIANTS, metavar="V",
-        help=f"of {', '.join(VARIANTS)} (default: droppath rdp)")
+    add("--variants", nargs="+", default=["droppath", "rdp"], choices=runs.VARIANTS, metavar="V",
+        help=f"of {', '.join(runs.VARIANTS)} (default: droppath rdp)")
     add("--seeds", type=int, default=5, metavar="N",
         help="seeds per variant and drop rate (default: 5)")
     add("--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)")
@@ -131,14 +103,14 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         TrainingError: runs failed, or the disk is full.
     """
     _check_own(args)
-    options, rate = read_recipe(rest, args.variants)
+    options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
     output = check_output(args.output)
-    grid = same_grid(output, options)
-    check_runs(options, args.variants, rates, args.first_seed + args.seeds - 1, output, grid)
-    if MATCHED in args.variants:
-        for rate in rates:
-            settle_matched(grid, options, rate)
+    grid = grids.same_grid(output, options)
+    last_seed = args.first_seed + args.seeds - 1
+    grids.check_runs(options, args.variants, rates, last_seed, output, grid)
+    for rate in rates if runs.MATCHED in args.variants else ():
+        grids.settle_matched(grid, options, rate)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
     cells = _cells(args, rates)
     grid["runs"] = sorted({cell.name for cell in cells}.union(grid.get("runs", ())))
@@ -147,15 +119,16 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         (output / "runs").mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output)
     try:
-        write_grid(output, grid)
-        write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
-        skipped = (DONE, DIVERGED) if args.retry else (DONE, DIVERGED, FAILED)
-        missing = [cell for cell in cells if read_record(output, cell)["status"] not in skipped]
-        trainings = [_training(cell, options, grid) for cell in missing]
-        stop = train_all(trainings, output, slot_environments(args.jobs, options.device), lock)
+        grids.write_grid(output, grid, options)
+        trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
+        skipped = (
+            (runs.DONE, runs.DIVERGED) if args.retry else (runs.DONE, runs.DIVERGED, runs.FAILED)
+        )
+        missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
+        stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
     finally:
         os.close(lock)
-    if all_cells(output):  # else it was stopped before the first one began
+    if runs.all_cells(output):  # else it was stopped before the first one began
         print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -196,40 +169,21 @@ def lock_folder(output: Path) -> int:
     return lock
 
 
-def _cells(args: argparse.Namespace, rates: list[float]) -> list[Cell]:
+def _cells(args: argparse.Namespace, rates: list[float]) -> list[runs.Cell]:
     """The grid, seed by seed, so that what there is can be compared at any time."""
     cells = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        cells += [Cell("plain", None, seed)] if "plain" in args.variants else []
-        cells += [Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
+        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
+        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
     return cells
 
 
-def _training(cell: Cell, options: argparse.Namespace, grid: dict[str, Any]) -> Training:
-    flags = variant_flags(cell.variant, cell.drop_path, rdp_options(options))
-    flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
-    epochs = options.epochs
-    if cell.variant == MATCHED:
-        epochs = grid["matched_epochs"][str(cell.drop_path)]
-        flags += ["--epochs", str(epochs)]
-    return Training(cell, tuple(flags), total_epochs(options, epochs))
-
-
-def _check_finished(cells: list[Cell], output: Path) -> None:
-    """Raises TrainingError, which says what there are no results of."""
-    statuses = {cell.name: read_record(output, cell)["status"] for cell in cells}
-    failed = [name for name, status in statuses.items() if status == FAILED]
-    unfinished = [n for n, status in statuses.items() if status not in (DONE, DIVERGED, FAILED)]
-    told = []
-    if failed:
-        told.append(
-            f"{len(failed)} of {len(cells)} runs failed, the first one is {failed[0]} (see "
-            f"{output / 'runs' / failed[0]}.log); --retry runs them again"
+def _check_finished(cells: list[runs.Cell], output: Path) -> None:
+    folders = [output / "runs" / cell.name for cell in cells]
+    left = [f for f in folders if runs.read_record(f)["status"] not in (runs.DONE, runs.DIVERGED)]
+    if left:
+        raise TrainingError(
+            f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "
+            f"{left[0].name} (see {left[0]}.log); the same command goes on, --retry also with "
+            "those that failed"
         )
-    if unfinished:
-        told.append(
-            f"{len(unfinished)} of {len(cells)} runs are not finished, the first one is "
-            f"{unfinished[0]}; the same command goes on"
-        )
-    if told:
-        raise TrainingError("; ".join(told))

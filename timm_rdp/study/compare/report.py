@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from timm_rdp.errors import UsageError
 from timm_rdp.study.compare.figure import draw
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
-from timm_rdp.study.compare.results import Result, Row, read_results, tabulate
+from timm_rdp.study.compare.results import Row, read_results, tabulate
 from timm_rdp.study.compare.runs import MATCHED
 from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
 from timm_rdp.study.figures import save
@@ -41,7 +42,7 @@ def write_report(output: Path, pick: str = "last") -> str:
     text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
     rows = [row for rows in table.values() for row in rows]
     contents = (
-        _csv(map(_run_cells, results)),
+        _csv(asdict(r) | {"drop_path": str(r.drop_path)} for r in results),
         _csv(map(_row_cells, rows)),
         ("\n".join(text) + "\n").encode(),
         image.getvalue(),
@@ -49,12 +50,6 @@ def write_report(output: Path, pick: str = "last") -> str:
     for name, content in zip(OUTPUTS, contents, strict=True):
         write_atomically(str(output / name), content)
     return "\n".join([*said, f"{', '.join(OUTPUTS)} are in {output}"])
-
-
-def _run_cells(r: Result) -> dict[str, Any]:
-    cells = {"variant": r.cell.variant, "drop_path": str(r.cell.drop_path or 0.0)}
-    names = ("status", "epochs", "top1", "eval_loss", "train_loss", "seconds", "flops", "error")
-    return cells | {"seed": r.cell.seed} | {name: getattr(r, name) for name in names}
 
 
 def _row_cells(row: Row) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
     heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
-    heading += ["median time", "FLOPs", "relative"]
+    heading += ["median time, s", "FLOPs", "relative"]
     for rate, rows in table.items():
         lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
         for row in rows:
@@ -99,7 +94,11 @@ def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
             cells += [_text(m.mean, ".2f"), _text(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
             for reference in against:
                 cells += _against(row, row.comparisons.get(reference))
-            cells += [_time(row.seconds), _text(row.flops, ".3g"), _text(row.relative, ".2f")]
+            cells += [
+                _text(row.seconds, ".1f"),
+                _text(row.flops, ".3g"),
+                _text(row.relative, ".2f"),
+            ]
             lines.append(_line(cells))
     return [*lines, ""]
 
@@ -128,14 +127,6 @@ def _interval(m: Mean, text: Callable[[float], str]) -> str:
     return "" if m.low is None or m.high is None else f"[{text(m.low)}, {text(m.high)}]"
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
     said = sentences(comparisons)
     if not said:
@@ -154,14 +145,13 @@ def _notes(
     table: Table, comparisons: Sequence[Comparison], grid: dict[str, Any], pick: str
 ) -> list[str]:
     tests = sum(c.p is not None for c in comparisons)
-    epoch = (
-        "after the last epoch, so that nothing is picked on it"
-        if pick == "last"
-        else "in the best epoch of each run: picked on that very set, and so flattering to all"
-    )
+    epoch = {
+        "last": "after the last epoch, so that nothing is picked on it",
+        "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
+    }
     notes = [
-        f"Top-1 is in per cent on the validation set, {epoch}. Differences are in points, paired "
-        "by seed: the same initial weights and the same order of the data.",
+        f"Top-1 is in per cent on the validation set, {epoch[pick]}. Differences are in points, "
+        "paired by seed: the same initial weights and the same order of the data.",
         "Intervals are 95 %, from the t distribution, not corrected for their number. p is that of "
         "the two-sided paired t test (scipy.stats.ttest_rel); corrected p is after Holm's "
         f"correction over the {tests} {'test' if tests == 1 else 'tests'} of this table, and below "
@@ -178,4 +168,4 @@ def _notes(
             "droppath-matched is droppath with the number of --epochs whose cost comes nearest to "
             "that of rdp, by counted FLOPs, and never with fewer than the others."
         )
-    return [line for note in notes for line in (note, "")][:-1]
+    return "\n\n".join(notes).splitlines()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from timm_rdp.study.compare.runs import RDP_VARIANTS, VARIANTS
+from timm_rdp.study.compare.runs import RDP_VARIANTS
 
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
@@ -84,26 +84,22 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def compare(
-    scores: Mapping[tuple[str, float | None], Mapping[int, float]], rates: Sequence[float]
-) -> list[Comparison]:
+def compare(scores: Mapping[float, Mapping[str, Mapping[int, float]]]) -> list[Comparison]:
     """Every variant against every reference, at every drop rate.
 
     Args:
-        scores: by variant and drop rate (None for plain), the score of each seed that is done.
-        rates: the drop rates.
+        scores: by drop rate and variant, the score of each seed that is done.
     """
     comparisons = []
-    for rate, (i, reference), variant in product(rates, enumerate(REFERENCES), VARIANTS):
-        own = scores.get((variant, None if variant == "plain" else rate))
-        other = scores.get((reference, rate))
-        # Not with itself, nor the same pair the other way round.
-        if own is None or other is None or variant in REFERENCES[: i + 1]:
-            continue
-        seeds = sorted(own.keys() & other.keys())
-        a, b = [own[s] for s in seeds], [other[s] for s in seeds]
-        difference = mean_of([x - y for x, y in zip(a, b, strict=True)])
-        comparisons.append(Comparison(rate, variant, reference, difference, paired_p(a, b)))
+    for (rate, of_rate), (i, reference) in product(scores.items(), enumerate(REFERENCES)):
+        # A reference is not compared with itself, nor is a pair the other way round.
+        others = [variant for variant in of_rate if variant not in REFERENCES[: i + 1]]
+        for variant in others if reference in of_rate else ():
+            own, other = of_rate[variant], of_rate[reference]
+            seeds = sorted(own.keys() & other.keys())
+            a, b = [own[s] for s in seeds], [other[s] for s in seeds]
+            difference = mean_of([x - y for x, y in zip(a, b, strict=True)])
+            comparisons.append(Comparison(rate, variant, reference, difference, paired_p(a, b)))
     for comparison, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True):
         comparison.corrected = p
     return comparisons
