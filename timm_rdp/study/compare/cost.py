@@ -32,9 +32,6 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
 
     NaFlex models stay on the CPU, because they read sizes off the values of their input.
 
-    Args:
-        args: the run's options.
-
     Returns:
         the model in train mode, timm's data config, the images of an epoch / --batch-size
 
@@ -57,25 +54,19 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     return model.train(), data_config, batches
 
 
-def count_costs(
-    args: argparse.Namespace, model: nn.Module, data_config: dict, with_paths: bool
-) -> dict[str, Any]:
+def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
     """What the kinds of update of a model cost.
 
     Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
     of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
 
     Args:
-        args: the options of its run.
         model: from `build_on_meta`; it is patched for good.
-        data_config: timm's.
-        with_paths: whether it has any that can be dropped.
 
     Returns:
-        "update": FLOPs per image, forward and backward, of timm's own update; None, as those that
-            follow, where they cannot be counted without data
-        "droppath": the same for the mean droppath iteration
-        "complement": the same for the mean complement iteration
+        "update", "droppath", "complement": FLOPs per image, forward and backward, of timm's own
+            update and of the mean iteration of each phase; None where they cannot be counted
+            without data
         "complements": complement iterations per cycle
 
     Raises:
@@ -83,7 +74,7 @@ def count_costs(
     """
     costs: dict[str, Any] = {"update": None}
     rdp = None
-    if with_paths:
+    if args.drop_path:
         with refused_with(f"--model {args.model}"):
             rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
         trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
@@ -133,12 +124,10 @@ def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
 
 
 def flops_per_image(variant: str, costs: dict, every: int) -> float:
-    """FLOPs that an image of an epoch costs on average.
+    """FLOPs of an image of an epoch, on average, with a complement iteration every so often.
 
     Args:
-        variant: one of VARIANTS.
         costs: from `count_costs`, where it could count.
-        every: a complement iteration follows every so many droppath iterations.
     """
     if variant in ("plain", "droppath", "droppath-matched"):
         return costs["update"]
@@ -147,12 +136,6 @@ def flops_per_image(variant: str, costs: dict, every: int) -> float:
     complements = costs["complements"] / every
     cycle = costs["droppath"] + complements * costs["complement"]
     return cycle / (1 + complements) if variant == "rdp-next" else cycle
-
-
-def over_run(own: float, usual: float, epochs: int, start: int) -> float:
-    """What `epochs` epochs cost of which those from `start` on cost `own`, the others `usual`."""
-    early = min(start, epochs)
-    return early * usual + (epochs - early) * own
 
 
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:
@@ -166,12 +149,7 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
 
 
 def matched_epochs(args: argparse.Namespace, ratio: float) -> int:
-    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if ratio < 1.
-
-    Args:
-        args: the recipe's options.
-        ratio: cost of an rdp run over that of a droppath run.
-    """
+    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if less."""
     wanted = ratio * total_epochs(args, args.epochs)
     candidates = range(args.epochs, max(args.epochs, math.ceil(wanted)) + 1)
     return min(candidates, key=lambda epochs: abs(total_epochs(args, epochs) - wanted))

@@ -16,13 +16,7 @@ _TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
 
 
 def draw(table: Mapping[float, Sequence[Row]], model: str, pick: str) -> "Figure":
-    """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate.
-
-    Args:
-        table: the rows of each drop rate.
-        model: its name.
-        pick: the epoch that counts, "last" or "best".
-    """
+    """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
     columns = min(len(table), 2)
     lines = -(-len(table) // columns)
     figure = new_figure(height=3.3 * lines + 0.9, width=WIDTH if columns > 1 else 6.4)
@@ -80,11 +74,7 @@ def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
 
 
 def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
-    """Where there are so few seeds that intervals dwarf the dots, the dots decide.
-
-    Returns:
-        whether an interval is cut off
-    """
+    """Let the dots decide where intervals dwarf them; returns whether one is cut off."""
     scores = [score for row in rows for score in row.scores.values()]
     if not scores:
         return False

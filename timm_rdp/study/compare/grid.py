@@ -57,7 +57,6 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
 
     Args:
         rest: the command line, without compare's own flags.
-        variants: of VARIANTS.
 
     Raises:
         UsageError: an option is wrong, or is one that compare sets itself.
@@ -124,10 +123,6 @@ def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The grid that the output folder holds, or a new one.
 
     Tells where it was begun with another version of torch or timm.
-
-    Args:
-        output: the folder, which need not exist.
-        options: shared by all runs.
 
     Raises:
         UsageError: the folder holds another grid, or results of something else.
@@ -198,7 +193,7 @@ def check_runs(
     for rate, args in parsed.items():
         if (key := str(rate or "plain")) not in grid["costs"]:
             model, data_config, batches = cost.build_on_meta(args)
-            grid["costs"][key] = cost.count_costs(args, model, data_config, rate is not None)
+            grid["costs"][key] = cost.count_costs(args, model, data_config)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
 
 
@@ -212,7 +207,8 @@ def flops_of_epochs(
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
     own = cost.flops_per_image(variant, costs, options["rdp_every"])
     start = options["rdp_start_epoch"] if variant in RDP_VARIANTS else 0
-    return images * cost.over_run(own, costs["update"], epochs, start)
+    early = min(start, epochs)
+    return images * (early * costs["update"] + (epochs - early) * own)
 
 
 def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:

@@ -3,9 +3,10 @@
 import argparse
 import fcntl
 import importlib.util
-import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,9 +96,6 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         args: compare's own options.
         rest: the training script's.
 
-    Returns:
-        exit status: 0, or 128 + N where signal N stopped it
-
     Raises:
         UsageError: something cannot be followed; nothing was written.
         TrainingError: runs failed, or the disk is full.
@@ -117,8 +115,7 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
 
     with refused_with(f"--output {output} cannot be made, name another folder"):
         (output / "runs").mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(output)
-    try:
+    with locked(output) as lock:
         grids.write_grid(output, grid, options)
         trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
         skipped = (
@@ -126,8 +123,6 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         )
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
-    finally:
-        os.close(lock)
     if runs.all_cells(output):  # else it was stopped before the first one began
         print(write_report(output, args.pick))
     if stop:
@@ -155,18 +150,13 @@ def _check_own(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(name)} {value}: must be {least} or more")
 
 
-def lock_folder(output: Path) -> int:
+@contextmanager
+def locked(output: Path) -> Iterator[int]:
     """Keep other comparisons out of the folder while this one, or a run of it, is alive."""
-    lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UsageError(
-            f"--output {output}: another comparison is at work there, or a run that one left "
-            "behind; wait for it, or name another folder"
-        ) from None
-    return lock
+    with open(output / ".lock", "w") as lock:
+        with refused_with(f"--output {output}: another comparison is at work there, wait for it"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock.fileno()
 
 
 def _cells(args: argparse.Namespace, rates: list[float]) -> list[runs.Cell]:

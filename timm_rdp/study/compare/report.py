@@ -22,10 +22,6 @@ Table = Mapping[float, Sequence[Row]]  # by drop rate
 def write_report(output: Path, pick: str = "last") -> str:
     """Write the four outputs from what a folder holds, finished or not, and return what it says.
 
-    Args:
-        output: the folder of the comparison.
-        pick: "last" epoch of each run, or "best".
-
     Raises:
         UsageError: there is no comparison, or no run that has begun.
     """
@@ -94,11 +90,8 @@ def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
             cells += [_text(m.mean, ".2f"), _text(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
             for reference in against:
                 cells += _against(row, row.comparisons.get(reference))
-            cells += [
-                _text(row.seconds, ".1f"),
-                _text(row.flops, ".3g"),
-                _text(row.relative, ".2f"),
-            ]
+            ends = ((row.seconds, ".1f"), (row.flops, ".3g"), (row.relative, ".2f"))
+            cells += [_text(value, form) for value, form in ends]
             lines.append(_line(cells))
     return [*lines, ""]
 

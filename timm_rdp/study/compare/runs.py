@@ -145,12 +145,7 @@ def epochs_done(folder: Path) -> int:
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """What each of several runs side by side finds in its environment: its cores, its GPU.
-
-    Args:
-        jobs: how many there are at a time.
-        device: the recipe's.
-    """
+    """What each of `jobs` runs side by side finds in its environment: its cores, its GPU."""
     environments = [dict(os.environ) for _ in range(jobs)]
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
@@ -170,12 +165,7 @@ def train_all(
     """Train, one process each, as many at a time as there are environments.
 
     Signals that ask to stop are passed on to the runs, which save what they have, and no more are
-    begun; a second signal kills them.
-
-    Args:
-        trainings: in the order in which they begin.
-        environments: one per process at a time.
-        lock: file descriptor that the processes keep open as long as they live.
+    begun; a second signal kills them. They keep the file descriptor `lock` open while they live.
 
     Returns:
         the signal that stopped them, else 0
