@@ -202,7 +202,7 @@ def flops_of_epochs(
 ) -> float | None:
     """FLOPs of a run's first epochs as expected over masks; None where they were not counted."""
     costs, options = grid["costs"].get(str(rate or "plain")), grid["options"]
-    if not costs or costs["update"] is None:
+    if costs is None or costs["update"] is None:
         return None
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
     own = cost.flops_per_image(variant, costs, options["rdp_every"])
