@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from timm_rdp import ResidualDropPath
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import refused_with
 from timm_rdp.study.compare.flops import FlopCounter
 from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.inputs import example_input
@@ -32,27 +32,16 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
 
     NaFlex models stay on the CPU, because they read sizes off the values of their input.
 
-    Args:
-        args: the run's options.
-
     Returns:
         the model in train mode, timm's data config, the images of an epoch / --batch-size
 
     Raises:
         UsageError: model or data do not fit the options.
     """
-    args = argparse.Namespace(**vars(args))
-    vars(args).update(
-        pretrained=False,
-        pretrained_path=None,
-        initial_checkpoint="",
-        torchscript=False,
-        distributed=False,
-        rank=0,
-        local_rank=0,
-        world_size=1,
-        prefetcher=not args.no_prefetcher,
-    )
+    weights = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
+    process = {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
+    more = {"torchscript": False, "prefetcher": not args.no_prefetcher}
+    args = argparse.Namespace(**{**vars(args), **weights, **process, **more})
     cpu = torch.device("cpu")
     model_dtype = setup_precision(args, cpu)[0]
     with torch.random.fork_rng(devices=[]):
@@ -65,25 +54,19 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     return model.train(), data_config, batches
 
 
-def count_costs(
-    args: argparse.Namespace, model: nn.Module, data_config: dict, with_paths: bool
-) -> dict[str, Any]:
+def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
     """What the kinds of update of a model cost.
 
     Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
     of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
 
     Args:
-        args: the options of its run.
         model: from `build_on_meta`; it is patched for good.
-        data_config: timm's.
-        with_paths: whether it has any that can be dropped.
 
     Returns:
-        "update": FLOPs per image, forward and backward, of timm's own update; None, as those that
-            follow, where they cannot be counted without data
-        "droppath": the same for the mean droppath iteration
-        "complement": the same for the mean complement iteration
+        "update", "droppath", "complement": FLOPs per image, forward and backward, of timm's own
+            update and of the mean iteration of each phase; None where they cannot be counted
+            without data
         "complements": complement iterations per cycle
 
     Raises:
@@ -91,21 +74,16 @@ def count_costs(
     """
     costs: dict[str, Any] = {"update": None}
     rdp = None
-    if with_paths:
-        try:
+    if args.drop_path:
+        with refused_with(f"--model {args.model}"):
             rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
-        except ValueError as error:
-            raise UsageError(f"--model {args.model}: {error}") from error
-        dropped = (_dropped(rdp, cycle) for cycle in range(UPDATE_CYCLES))
-        trained = sum(bool(rdp.dropped_part(names)) for names in dropped)
+        trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
         costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
     if args.naflex_loader:
         return costs
-    images = torch.empty(
-        (args.batch_size * max(1, args.aug_splits), *data_config["input_size"]),
-        device="meta",
-        dtype=next(model.parameters()).dtype,
-    )
+    batch = args.batch_size * max(1, args.aug_splits)
+    dtype = next(model.parameters()).dtype
+    images = torch.empty((batch, *data_config["input_size"]), device="meta", dtype=dtype)
     try:
         update = _flops(model, images)
         phases = () if rdp is None else _phases(rdp, images)
@@ -113,8 +91,7 @@ def count_costs(
         return costs
     if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
         phases = [update for _ in phases]
-    names = ("update", "droppath", "complement")
-    counted = zip(names, (update, *phases), strict=False)
+    counted = zip(("update", *COSTS_OF_PATHS), (update, *phases), strict=False)
     return costs | {name: flops / args.batch_size for name, flops in counted}
 
 
@@ -126,7 +103,7 @@ def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
     with FlopCounter() as counter:
         outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
-        sum(output.sum() for output in outputs).backward()
+        torch.autograd.backward([output.sum() for output in outputs])
     model.zero_grad()
     return counter.flops
 
@@ -146,21 +123,12 @@ def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
     return fmean(counts[DROPPATH]), fmean(counts[COMPLEMENT] or [0.0])
 
 
-def updates_per_batch(variant: str, costs: dict, every: int) -> float:
-    """Optimizer steps that a batch gets."""
-    return 1 + costs["complements"] / every if variant == "rdp" else 1.0
-
-
-def flops_per_image(variant: str, costs: dict, every: int) -> float | None:
-    """FLOPs that an image of an epoch costs on average; None where they were not counted.
+def flops_per_image(variant: str, costs: dict, every: int) -> float:
+    """FLOPs of an image of an epoch, on average, with a complement iteration every so often.
 
     Args:
-        variant: one of VARIANTS.
-        costs: from `count_costs`.
-        every: a complement iteration follows every so many droppath iterations.
+        costs: from `count_costs`, where it could count.
     """
-    if costs["update"] is None:
-        return None
     if variant in ("plain", "droppath", "droppath-matched"):
         return costs["update"]
     if variant == "droppath-batch":
@@ -170,34 +138,18 @@ def flops_per_image(variant: str, costs: dict, every: int) -> float | None:
     return cycle / (1 + complements) if variant == "rdp-next" else cycle
 
 
-def over_run(own: float, usual: float, epochs: int, start: int) -> float:
-    """What `epochs` epochs cost of which those from `start` on cost `own`, the others `usual`."""
-    early = min(start, epochs)
-    return early * usual + (epochs - early) * own
-
-
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     """How many epochs a run with --epochs `epochs` takes, warmup and cooldown included."""
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=args.lr or 0.1)
     options = argparse.Namespace(**{**vars(args), "epochs": epochs, "lr": args.lr or 0.1})
-    kwargs = scheduler_kwargs(options)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself says them once
-            _, total = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)
-    except (AssertionError, ValueError) as error:
-        raise UsageError(f"--sched {args.sched} with --epochs {epochs}: {error}") from None
-    return total
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.lr)
+    with warnings.catch_warnings(), refused_with(f"--sched {args.sched} with --epochs {epochs}"):
+        warnings.simplefilter("ignore")  # the run itself says them once
+        kwargs = dict[str, Any](scheduler_kwargs(options))
+        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)[1]
 
 
 def matched_epochs(args: argparse.Namespace, ratio: float) -> int:
-    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if ratio < 1.
-
-    Args:
-        args: the recipe's options.
-        ratio: cost of an rdp run over that of a droppath run.
-    """
+    """The --epochs whose run takes `ratio` times the epochs of the recipe's, or those if less."""
     wanted = ratio * total_epochs(args, args.epochs)
     candidates = range(args.epochs, max(args.epochs, math.ceil(wanted)) + 1)
     return min(candidates, key=lambda epochs: abs(total_epochs(args, epochs) - wanted))

@@ -1,7 +1,5 @@
 """Counting the floating-point operations of real passes, also on the meta device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,18 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def convolution_backward_flops(
-    grad_out_shape: list[int],
-    x_shape: list[int],
-    w_shape: list[int],
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    output_mask: list[bool],
-    **_kwargs: Any,
+    grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_kwargs: Any
 ) -> int:
     """FLOPs of a convolution's backward: each of its two gradients takes as many as the forward.
 
@@ -31,10 +18,11 @@ def convolution_backward_flops(
     Args:
         grad_out_shape: (B, C_out, ...).
         x_shape: (B, C_in, ...).
-        w_shape: (C_out, C_in / groups, ...), with `transposed` (C_in, C_out / groups, ...).
-        output_mask: whether the gradients of input, weight and bias are asked for; that of the bias
-            counts as nothing, as in the forward.
+        w_shape: (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
+        rest: bias, stride, padding, dilation, transposed, output_padding, groups, and whether the
+            gradients of input, weight and bias are asked for; that of the bias counts as nothing.
     """
+    *_, transposed, _, _, output_mask = rest
     forward = conv_flop_count(x_shape, w_shape, grad_out_shape, transposed=transposed)
     return sum(output_mask[:2]) * forward
 
@@ -56,7 +44,7 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         count = self._formulas.get(func._overloadpacket)

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,17 @@ import timm
 import torch
 import yaml
 
-from timm_rdp.errors import UsageError
-from timm_rdp.study.compare.cost import (
-    COSTS_OF_PATHS,
-    build_on_meta,
-    count_costs,
-    flops_per_image,
-    matched_epochs,
-    over_run,
-    total_epochs,
-    updates_per_batch,
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.study.compare import cost
+from timm_rdp.study.compare.runs import (
+    FOR_RDP,
+    MATCHED,
+    RDP_VARIANTS,
+    RECIPE,
+    Cell,
+    Training,
+    variant_flags,
 )
-from timm_rdp.study.compare.runs import RDP_VARIANTS, RECIPE, variant_flags
 from timm_rdp.training.checkpoint import check_checkpoints
 from timm_rdp.training.checks import check_limits, flag
 from timm_rdp.training.data import check_data
@@ -33,34 +33,20 @@ from timm_rdp.training.flags import build_parser as build_training_parser
 from timm_rdp.training.options import parse_args, read_config
 
 GRID = "grid.json"
+OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 DEFAULT_RATE = 0.1
 # Training flags that differ from run to run, and what to give to compare in their place.
 SET_HERE = {
-    "seed": "--first-seed and --seeds",
-    "data_seed": "--first-seed and --seeds",
-    "rdp": "--variants rdp",
-    "rdp_batch": "--variants rdp-next",
-    "rdp_seed": "--first-seed and --seeds, which masks follow",
+    **dict.fromkeys(("seed", "data_seed", "rdp_seed"), "--first-seed and --seeds"),
+    **dict.fromkeys(("rdp", "rdp_batch", "skip_dropped"), "--variants"),
+    **dict.fromkeys(("resume", "no_resume_opt", "start_epoch"), "the same command again"),
     "drop_path": "--drop-paths",
-    "skip_dropped": "--variants",
     "experiment": "--output",
-    **dict.fromkeys(
-        ("resume", "no_resume_opt", "start_epoch"),
-        "the same command again, which goes on where it was interrupted",
-    ),
 }
-FOR_RDP = ("rdp_every", "rdp_start_epoch")
 # Of no consequence for the results: they may change from one call to the next.
 FREE = (
-    "log_interval",
-    "log_wandb",
-    "wandb_project",
-    "wandb_tags",
-    "wandb_resume_id",
-    "save_images",
-    "checkpoint_hist",
-    "recovery_interval",
-    "pin_mem",
+    *("log_interval", "log_wandb", "wandb_project", "wandb_tags", "wandb_resume_id"),
+    *("save_images", "checkpoint_hist", "recovery_interval", "pin_mem"),
 )
 
 
@@ -69,7 +55,6 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
 
     Args:
         rest: the command line, without compare's own flags.
-        variants: of VARIANTS.
 
     Raises:
         UsageError: an option is wrong, or is one that compare sets itself.
@@ -81,17 +66,14 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
     for name, instead in SET_HERE.items():
         if name in typed:
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
+    with_rdp = not RDP_VARIANTS.isdisjoint(variants)
     for name in FOR_RDP:
-        if name in typed and not set(variants) & set(RDP_VARIANTS):
+        if name in typed and not with_rdp:
             raise UsageError(f"{flag(name)} {typed[name]} needs rdp or rdp-next in --variants")
-    if typed.get("output"):
-        raise UsageError("--output is given twice")
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     # Whatever the config says of these: its other options are checked.
     neutral = ["--seed", "0", "--drop-path", str(DEFAULT_RATE), "--resume", ""]
-    if not (typed.get("torchscript") or config.get("torchscript")):
-        neutral.append("--rdp")  # which options for RDP are refused without
-    options = parse_args([*rest, *neutral])
+    options = parse_args([*rest, *neutral, *(["--rdp"] if with_rdp else [])])
     if "checkpoint_hist" not in typed.keys() | config.keys():
         options.checkpoint_hist = 1  # timm keeps ten, of every run
     return options, config.get("drop_path") or DEFAULT_RATE
@@ -107,116 +89,68 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     return shared
 
 
-def identity(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that make a grid what it is, as grid.json holds them."""
-    kept = {k: v for k, v in shared_options(options).items() if k not in FREE}
-    kept |= {name: getattr(options, name) for name in FOR_RDP}
-    return json.loads(json.dumps(kept, sort_keys=True, default=str))
-
-
-def rdp_options(options: argparse.Namespace | dict) -> list[str]:
-    """The flags that only the RDP variants get."""
-    values = options if isinstance(options, dict) else vars(options)
-    return [word for name in FOR_RDP if values[name] for word in (flag(name), str(values[name]))]
-
-
 def read_grid(output: Path) -> dict[str, Any] | None:
     """What grid.json in a folder says; None where there is none.
 
     Raises:
-        UsageError: it is no such file.
+        UsageError: it lacks something that is read later.
     """
-    try:
-        grid = json.loads((output / GRID).read_text())
-        for name in ("options", "versions", "data", "costs", "matched_epochs"):
-            if not isinstance(grid[name], dict):
-                raise ValueError(f"{name} is no mapping")
-        _check_grid(grid)
-    except FileNotFoundError:
+    if not (output / GRID).exists():
         return None
-    except KeyError as error:
-        raise UsageError(f"{output / GRID} has no entry {error}; use another folder") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{output / GRID} cannot be read ({error}); use another folder") from None
+    with refused_with(f"{output / GRID} cannot be used, name another folder"):
+        grid = json.loads((output / GRID).read_text())
+        if grid.get("match", "flops") != "flops":
+            raise ValueError(f"droppath-matched was matched by {grid['match']}, not by FLOPs")
+        for name in ("model", "data_dir", "dataset", *FOR_RDP):
+            grid["options"][name]
+        for name in ("versions", "matched_epochs"):
+            grid[name].keys()
+        for key, variant in product(grid["costs"], ("plain", "droppath-batch", "rdp")):
+            if (key == "plain") == (variant == "plain"):
+                flops_of_epochs(grid, variant, None if key == "plain" else float(key), 1)
     return grid
 
 
-def _check_grid(grid: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError where something is missing that is read later."""
-    grid["match"]
-    for name in ("model", "data_dir", "dataset", *FOR_RDP):
-        grid["options"][name]
-    for rate, costs in grid["costs"].items():
-        for name in ("update",) if rate == _key(None) else ("update", *COSTS_OF_PATHS):
-            costs[name]
-    if grid["costs"]:
-        for name in ("batches_per_epoch", "batch_size"):
-            grid["data"][name]
-    if not isinstance(grid.get("runs", []), list):
-        raise ValueError("runs is no list")
-
-
-def write_grid(output: Path, grid: dict[str, Any]) -> None:
-    """Write grid.json."""
+def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write grid.json and recipe.yaml."""
     write_atomically(str(output / GRID), (json.dumps(grid, indent=2) + "\n").encode())
+    write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
 
 
-def same_grid(
-    output: Path, options: argparse.Namespace, match: str, written: Sequence[str]
-) -> dict[str, Any]:
+def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The grid that the output folder holds, or a new one.
 
     Tells where it was begun with another version of torch or timm.
-
-    Args:
-        output: the folder, which need not exist.
-        options: shared by all runs.
-        match: what droppath-matched has in common with rdp.
-        written: names of the files that a report writes.
 
     Raises:
         UsageError: the folder holds another grid, or results of something else.
     """
     grid = read_grid(output)
-    own = identity(options)
+    kept = {k: v for k, v in shared_options(options).items() if k not in FREE}
+    kept |= {name: getattr(options, name) for name in FOR_RDP}
+    own = json.loads(json.dumps(kept, sort_keys=True, default=str))
     versions = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if grid is None:
-        there = [name for name in ("runs", *written) if (output / name).exists()]
+        there = [name for name in ("runs", *OUTPUTS) if (output / name).exists()]
         if there:
             raise UsageError(
-                f"--output {output}: holds {there[0]}, but no {GRID} that says of which grid; "
+                f"--output {output}: holds {there[0]} of something else; name another folder"
+            )
+        empty = {name: {} for name in ("data", "costs", "matched_epochs")}
+        return {"options": own, "versions": versions, **empty}
+    for name in sorted(grid["options"].keys() | own.keys()):
+        a, b = grid["options"].get(name), own.get(name)
+        if name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b):
+            continue
+        if a != b:
+            raise UsageError(
+                f"--output {output}: holds another grid ({flag(name)} {a} there, {b} here); "
                 "name another folder"
             )
-        return {
-            "options": own,
-            "match": match,
-            "versions": versions,
-            "data": {},
-            "costs": {},
-            "matched_epochs": {},
-        }
-    then = {**grid["options"], "match": grid["match"]}
-    now = {**own, "match": match}
-    for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name) and not _same_folder(name, then, now):
-            raise UsageError(
-                f"--output {output}: holds another grid ({flag(name)} {then.get(name)} there, "
-                f"{now.get(name)} here); name another folder"
-            )
-    for name, version in versions.items():
-        if grid["versions"].get(name) != version:
-            print(
-                f"timm-rdp compare: {output} was begun with {name} {grid['versions'].get(name)}, "
-                f"this is {version}: results may differ",
-                file=sys.stderr,
-            )
+    if grid["versions"] != versions:
+        begun = ", ".join(f"{name} {version}" for name, version in grid["versions"].items())
+        print(f"{output} was begun with {begun}: results may differ now", file=sys.stderr)
     return grid
-
-
-def _same_folder(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether an option is the data folder, only written in another way."""
-    folders = [options.get(name) for options in (then, now)]
-    return name == "data_dir" and all(folders) and len(set(map(os.path.realpath, folders))) == 1
 
 
 def check_runs(
@@ -236,83 +170,72 @@ def check_runs(
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
-    start, total = options.rdp_start_epoch, total_epochs(options, options.epochs)
-    if start >= total and set(variants) & set(RDP_VARIANTS):
+    start, total = options.rdp_start_epoch, cost.total_epochs(options, options.epochs)
+    if start >= total and not RDP_VARIANTS.isdisjoint(variants):
         raise UsageError(
             f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
             "give a smaller one"
         )
+    cells = [(v, r) for r in rates for v in variants if v != "plain"]
+    cells += [("plain", None)] if "plain" in variants else []
+    parsed = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / RECIPE
         recipe.write_text(yaml.safe_dump(shared_options(options)))
-        cells = [(v, r) for r in rates for v in variants if v != "plain"]
-        if "plain" in variants:
-            cells.append(("plain", None))
-        parsed = {}
         for variant, rate in cells:
-            flags = variant_flags(variant, rate, rdp_options(options))
+            flags = variant_flags(variant, rate, options)
             run = ["--seed", str(last_seed), "--output", str(output / "runs")]
             parsed[rate] = parse_args(["-c", str(recipe), *flags, *run])
-    first = next(iter(parsed.values()))
-    check_limits(first)
-    check_data(first)
-    check_checkpoints(first)
-    new = [(rate, args) for rate, args in parsed.items() if _key(rate) not in grid["costs"]]
-    for rate, args in new:
-        model, data_config, batches = build_on_meta(args)
-        grid["costs"][_key(rate)] = count_costs(args, model, data_config, rate is not None)
-        grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
+    for check in (check_limits, check_data, check_checkpoints):
+        check(next(iter(parsed.values())))
+    for rate, args in parsed.items():
+        if (key := str(rate or "plain")) not in grid["costs"]:
+            model, data_config, batches = cost.build_on_meta(args)
+            grid["costs"][key] = cost.count_costs(args, model, data_config)
+            grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
 
 
-def _key(rate: float | None) -> str:
-    return "plain" if rate is None else str(rate)
-
-
-def flops_of_epochs(grid: dict[str, Any], variant: str, rate: float | None, epochs: int):
+def flops_of_epochs(
+    grid: dict[str, Any], variant: str, rate: float | None, epochs: int
+) -> float | None:
     """FLOPs of a run's first epochs as expected over masks; None where they were not counted."""
-    costs, options = grid["costs"].get(_key(rate)), grid["options"]
-    if not costs or costs["update"] is None:
+    costs, options = grid["costs"].get(str(rate or "plain")), grid["options"]
+    if costs is None or costs["update"] is None:
         return None
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
-    own = flops_per_image(variant, costs, options["rdp_every"])
+    own = cost.flops_per_image(variant, costs, options["rdp_every"])
     start = options["rdp_start_epoch"] if variant in RDP_VARIANTS else 0
-    return images * over_run(own, costs["update"], epochs, start)
+    early = min(start, epochs)
+    return images * (early * costs["update"] + (epochs - early) * own)
 
 
-def settle_matched(
-    grid: dict[str, Any],
-    options: argparse.Namespace,
-    rate: float,
-    seconds: dict[str, float] | None = None,
-) -> int | None:
-    """The --epochs of droppath-matched at a rate, kept in the grid; None where not yet known.
-
-    Args:
-        grid: as in grid.json; gets the number.
-        options: shared by all runs.
-        rate: the drop rate.
-        seconds: of a run of rdp and of droppath, where time is what is matched.
+def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:
+    """The --epochs of droppath-matched at a rate, whose FLOPs are those of rdp; kept in the grid.
 
     Raises:
-        UsageError: FLOPs are what is matched, and they cannot be counted.
+        UsageError: FLOPs cannot be counted.
     """
-    if _key(rate) in grid["matched_epochs"]:
-        return grid["matched_epochs"][_key(rate)]
-    total = total_epochs(options, options.epochs)
-    if grid["match"] == "flops":
-        own = flops_of_epochs(grid, "rdp", rate, total)
-        if own is None:
+    if str(rate) not in grid["matched_epochs"]:
+        total = cost.total_epochs(options, options.epochs)
+        rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
+        if rdp is None or usual is None:
             raise UsageError(
-                f"--match flops: the operations of {options.model} cannot be counted without "
-                "data; give --match updates or --match time"
+                f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
+                "without data; leave it out"
             )
-        ratio = own / flops_of_epochs(grid, "droppath", rate, total)
-    elif grid["match"] == "updates":
-        own = updates_per_batch("rdp", grid["costs"][_key(rate)], options.rdp_every)
-        ratio = over_run(own, 1.0, total, options.rdp_start_epoch) / total
-    elif seconds is None:
-        return None
-    else:
-        ratio = seconds["rdp"] / seconds["droppath"]
-    grid["matched_epochs"][_key(rate)] = matched_epochs(options, ratio)
-    return grid["matched_epochs"][_key(rate)]
+        grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
+    return grid["matched_epochs"][str(rate)]
+
+
+def training_of(
+    cell: Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
+) -> Training:
+    """What to train for a cell."""
+    flags = variant_flags(cell.variant, cell.drop_path, options)
+    flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
+    epochs = options.epochs
+    if cell.variant == MATCHED:
+        epochs = grid["matched_epochs"][str(cell.drop_path)]
+        flags += ["--epochs", str(epochs)]
+    folder = output / "runs" / cell.name
+    return Training(folder, tuple(flags), cost.total_epochs(options, epochs))

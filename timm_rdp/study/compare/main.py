@@ -3,77 +3,50 @@
 import argparse
 import fcntl
 import importlib.util
-import os
 import signal
-import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import yaml
 from timm.utils.distributed import is_distributed_env
 
-from timm_rdp.errors import TrainingError, UsageError, nearest
-from timm_rdp.study.compare.cost import total_epochs
-from timm_rdp.study.compare.grid import (
-    check_runs,
-    rdp_options,
-    read_recipe,
-    same_grid,
-    settle_matched,
-    shared_options,
-    write_grid,
-)
-from timm_rdp.study.compare.report import OUTPUTS, write_report
+from timm_rdp.errors import TrainingError, UsageError, refused_with, report
+from timm_rdp.study.compare import grid as grids
+from timm_rdp.study.compare import runs
+from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
-from timm_rdp.study.compare.runs import (
-    DIVERGED,
-    DONE,
-    FAILED,
-    MATCHED,
-    RECIPE,
-    VARIANTS,
-    Job,
-    Progress,
-    Run,
-    all_runs,
-    read_record,
-    run_jobs,
-    slot_environments,
-    variant_flags,
-)
 from timm_rdp.study.figures import check_matplotlib
-from timm_rdp.training.checks import flag
-from timm_rdp.training.files import check_output, write_atomically
+from timm_rdp.training.files import check_output
+from timm_rdp.training.flags import flag
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')} (see --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `timm-rdp compare`; all others are the training script's."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="timm-rdp compare",
-        usage="timm-rdp compare [-h] [--variants V [V ...]] [--seeds N] [--first-seed N] "
-        "[--drop-paths R [R ...]]\n       [--match {flops,updates,time}] [--jobs N] [--retry] "
-        "[--pick {last,best}] [--output DIR]\n       FLAGS OF TIMM-RDP TRAIN\n"
-        "       timm-rdp compare --report DIR [--pick {last,best}]",
         description="Train variants x seeds x drop rates, everything else identical, and say what "
         "the results support. All other flags go to the training script (timm-rdp train --help).",
         epilog="The same command again goes on: finished runs are skipped, interrupted ones "
         "resumed; more seeds, variants and rates may be asked for. Writes runs.csv, table.md, "
-        "table.csv and comparison.png.",
+        f"table.csv and comparison.png. {runs.MATCHED} gets epochs for the FLOPs of rdp.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     # fmt: off
-    add("--variants", nargs="+", default=["droppath", "rdp"], metavar="V",
-        help=f"of {', '.join(VARIANTS)} (default: droppath rdp)")
+    add("--variants", nargs="+", default=["droppath", "rdp"], choices=runs.VARIANTS, metavar="V",
+        help=f"of {', '.join(runs.VARIANTS)} (default: droppath rdp)")
     add("--seeds", type=int, default=5, metavar="N",
         help="seeds per variant and drop rate (default: 5)")
     add("--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)")
-    add("--drop-paths", type=float, nargs="+", metavar="R",
+    add("--drop-paths", type=float, nargs="+", default=[], metavar="R",
         help="drop rates (default: the recipe's, else 0.1)")
-    add("--match", choices=("flops", "updates", "time"), default="flops",
-        help=f"of what {MATCHED} gets as much as rdp: counted FLOPs, counted updates, or time as "
-        "measured in the runs of droppath and rdp (default: flops)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--retry", action="store_true", help="run those again that failed")
     add("--pick", choices=("last", "best"), default="last",
@@ -93,14 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         signal N stopped it
     """
     parser = build_parser()
-
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message.removeprefix('argument ')} (see --help)")
-
-    parser.error = refuse
     try:
         args, rest = parser.parse_known_args(argv)
-        _check_libraries()
+        check_matplotlib()
+        if importlib.util.find_spec("scipy") is None:
+            raise UsageError(
+                'scipy is not installed and the tests need it: pip install "timm-rdp[demo]"'
+            )
         if args.report is None:
             return compare(args, rest)
         if not args.report:
@@ -110,14 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         if extra:
             raise UsageError(f"--report trains nothing: leave out {' '.join(extra)}")
         print(write_report(Path(args.report), args.pick))
-    except UsageError as error:
-        print(f"timm-rdp compare: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, TrainingError) as error:
+        return report(error)
     except KeyboardInterrupt:  # before there was a run to stop
         return 128 + signal.SIGINT
-    except TrainingError as error:  # a full disk
-        print(f"timm-rdp compare: {error}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -130,180 +98,82 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
 
     Raises:
         UsageError: something cannot be followed; nothing was written.
+        TrainingError: runs failed, or the disk is full.
     """
     _check_own(args)
-    options, rate = read_recipe(rest, args.variants)
+    options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
     output = check_output(args.output)
-    grid = same_grid(output, options, args.match, OUTPUTS)
-    check_runs(options, args.variants, rates, args.first_seed + args.seeds - 1, output, grid)
-    if MATCHED in args.variants:
-        for rate in rates:
-            settle_matched(grid, options, rate)
-
+    grid = grids.same_grid(output, options)
+    last_seed = args.first_seed + args.seeds - 1
+    grids.check_runs(options, args.variants, rates, last_seed, output, grid)
+    for rate in rates if runs.MATCHED in args.variants else ():
+        grids.settle_matched(grid, options, rate)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
-    asked = {run.name for run in _runs(args, rates)}
-    grid["runs"] = sorted(asked.union(grid.get("runs", ())))
+    cells = _cells(args, rates)
+    grid["runs"] = sorted({cell.name for cell in cells}.union(grid.get("runs", ())))
 
-    try:
+    with refused_with(f"--output {output} cannot be made, name another folder"):
         (output / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {output}: cannot be made ({error.strerror}); name another folder"
-        ) from None
-    lock = _lock(output)
-    try:
-        write_grid(output, grid)
-        write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
-        stop = _train(args, options, rates, grid, lock)
-    finally:
-        os.close(lock)
-    if all_runs(output):  # else it was stopped before the first one began
+    with locked(output) as lock:
+        grids.write_grid(output, grid, options)
+        trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
+        skipped = (
+            (runs.DONE, runs.DIVERGED) if args.retry else (runs.DONE, runs.DIVERGED, runs.FAILED)
+        )
+        missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
+        stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
+    if runs.all_cells(output):  # else it was stopped before the first one began
         print(write_report(output, args.pick))
     if stop:
-        print("timm-rdp compare: stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    return _tell_of_the_rest(_runs(args, rates), output)
-
-
-def _tell_of_the_rest(wanted: list[Run], output: Path) -> int:
-    """Say which runs there are no results of; returns the exit status."""
-    statuses = {run.name: read_record(output, run)["status"] for run in wanted}
-    failed = [name for name, status in statuses.items() if status == FAILED]
-    unfinished = [n for n, status in statuses.items() if status not in (DONE, DIVERGED, FAILED)]
-    if failed:
-        print(
-            f"timm-rdp compare: {len(failed)} of {len(wanted)} runs failed, the first one is "
-            f"{failed[0]} (see {output / 'runs' / failed[0]}.log); --retry runs them again",
-            file=sys.stderr,
-        )
-    if unfinished:
-        print(
-            f"timm-rdp compare: {len(unfinished)} of {len(wanted)} runs are not finished, the "
-            f"first one is {unfinished[0]}; the same command goes on",
-            file=sys.stderr,
-        )
-    return 1 if failed or unfinished else 0
-
-
-def _check_libraries() -> None:
-    check_matplotlib()
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError(
-            'scipy is not installed and the tests need it: pip install "timm-rdp[demo]"'
-        )
+    _check_finished(cells, output)
+    return 0
 
 
 def _check_own(args: argparse.Namespace) -> None:
     if is_distributed_env():
         raise UsageError("started by torchrun or the like: each run is one process; start it plain")
     for name in ("variants", "drop_paths"):
-        values = getattr(args, name) or []
-        double = next((v for i, v in enumerate(values) if v in values[:i]), None)
-        if double is not None:
-            raise UsageError(f"{flag(name)}: {double} is given twice")
-    for variant in args.variants:
-        if variant not in VARIANTS:
-            near = nearest(variant, VARIANTS) or f"; there are {', '.join(VARIANTS)}"
-            raise UsageError(f"--variants {variant}: unknown variant{near}")
-    for rate in args.drop_paths or []:
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: one is given twice")
+    for rate in args.drop_paths:
         if not 0 < rate < 1:
             raise UsageError(
                 f"--drop-paths {rate}: must lie between 0 and 1, both excluded; for runs without "
                 "drop path add plain to --variants"
             )
     for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 1)):
-        if getattr(args, name) < least:
-            value = getattr(args, name)
+        if (value := getattr(args, name)) < least:
             raise UsageError(f"{flag(name)} {value}: must be {least} or more")
-    if MATCHED in args.variants and args.match == "time":
-        for needed in ("droppath", "rdp"):
-            if needed not in args.variants:
-                raise UsageError(
-                    f"--match time measures droppath and rdp: add {needed} to --variants"
-                )
 
 
-def _lock(output: Path) -> int:
+@contextmanager
+def locked(output: Path) -> Iterator[int]:
     """Keep other comparisons out of the folder while this one, or a run of it, is alive."""
-    lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UsageError(
-            f"--output {output}: another comparison is at work there, or a run that one left "
-            "behind; wait for it, or name another folder"
-        ) from None
-    return lock
+    with open(output / ".lock", "w") as lock:
+        with refused_with(f"--output {output}: another comparison is at work there, wait for it"):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock.fileno()
 
 
-def _runs(args: argparse.Namespace, rates: list[float]) -> list[Run]:
+def _cells(args: argparse.Namespace, rates: list[float]) -> list[runs.Cell]:
     """The grid, seed by seed, so that what there is can be compared at any time."""
-    runs = []
+    cells = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        runs += [Run("plain", None, seed)] if "plain" in args.variants else []
-        runs += [Run(v, r, seed) for r in rates for v in args.variants if v != "plain"]
-    return runs
+        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
+        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
+    return cells
 
 
-def _train(
-    args: argparse.Namespace,
-    options: argparse.Namespace,
-    rates: list[float],
-    grid: dict[str, Any],
-    lock: int,
-) -> int:
-    """Do the runs that are missing; returns the signal that stopped them, else 0."""
-    output = Path(args.output)
-    skipped = (DONE, DIVERGED) if args.retry else (DONE, DIVERGED, FAILED)
-    missing = [r for r in _runs(args, rates) if read_record(output, r)["status"] not in skipped]
-    environments = slot_environments(args.jobs, options.device)
-
-    def job(run: Run) -> Job:
-        flags = variant_flags(run.variant, run.drop_path, rdp_options(options))
-        flags += ["--seed", str(run.seed), "--data-seed", str(run.seed)]
-        epochs = options.epochs
-        if run.variant == MATCHED:
-            epochs = grid["matched_epochs"].get(str(run.drop_path), epochs)
-            flags += ["--epochs", str(epochs)]
-        return Job(run, tuple(flags), total_epochs(options, epochs))
-
-    def known(run: Run) -> bool:
-        return run.variant != MATCHED or str(run.drop_path) in grid["matched_epochs"]
-
-    first = [run for run in missing if known(run)]
-    later = [run for run in missing if not known(run)]
-    progress = Progress([job(run) for run in missing], output)
-    try:
-        stop = run_jobs([job(run) for run in first], output, environments, progress, lock)
-        if stop or not later:
-            return stop
-        for rate in rates:
-            _settle_by_time(grid, options, rate, output)
-        write_grid(output, grid)
-        jobs = [job(run) for run in later if known(run)]
-        progress.more_epochs(sum(j.epochs - total_epochs(options, options.epochs) for j in jobs))
-        return run_jobs(jobs, output, environments, progress, lock)
-    finally:
-        progress.close()
-
-
-def _settle_by_time(
-    grid: dict[str, Any], options: argparse.Namespace, rate: float, output: Path
-) -> None:
-    """Match droppath to the time that rdp took, the median of the runs that were timed."""
-    seconds = {}
-    for variant in ("droppath", "rdp"):
-        runs = [r for r in all_runs(output) if (r.variant, r.drop_path) == (variant, rate)]
-        records = [read_record(output, run) for run in runs]
-        times = [r["seconds"] for r in records if r["status"] == DONE and r["seconds"] is not None]
-        if not times:
-            print(
-                f"timm-rdp compare: {MATCHED} at {rate} cannot be run: there is no finished run of "
-                f"{variant} whose whole time was measured",
-                file=sys.stderr,
-            )
-            return
-        seconds[variant] = statistics.median(times)
-    settle_matched(grid, options, rate, seconds)
+def _check_finished(cells: list[runs.Cell], output: Path) -> None:
+    folders = [output / "runs" / cell.name for cell in cells]
+    left = [f for f in folders if runs.read_record(f)["status"] not in (runs.DONE, runs.DIVERGED)]
+    if left:
+        raise TrainingError(
+            f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "
+            f"{left[0].name} (see {left[0]}.log); the same command goes on, --retry also with "
+            "those that failed"
+        )

@@ -3,28 +3,24 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from timm_rdp.errors import UsageError
 from timm_rdp.study.compare.figure import draw
-from timm_rdp.study.compare.grid import read_grid
-from timm_rdp.study.compare.results import Result, Row, read_results, tabulate
-from timm_rdp.study.compare.runs import DIVERGED, FAILED, MATCHED
+from timm_rdp.study.compare.grid import OUTPUTS, read_grid
+from timm_rdp.study.compare.results import Row, read_results, tabulate
+from timm_rdp.study.compare.runs import MATCHED
 from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
 from timm_rdp.study.figures import save
 from timm_rdp.training.files import write_atomically
 
-OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 Table = Mapping[float, Sequence[Row]]  # by drop rate
 
 
 def write_report(output: Path, pick: str = "last") -> str:
     """Write the four outputs from what a folder holds, finished or not, and return what it says.
-
-    Args:
-        output: the folder of the comparison.
-        pick: "last" epoch of each run, or "best".
 
     Raises:
         UsageError: there is no comparison, or no run that has begun.
@@ -36,57 +32,42 @@ def write_report(output: Path, pick: str = "last") -> str:
     if not results:
         raise UsageError(f"--report {output}: holds no run yet; start it without --report")
     table, comparisons = tabulate(results)
-    notes = _notes(table, comparisons, grid, pick)
     said = _said(table, comparisons)
-    _write_csv(output / "runs.csv", RUN_COLUMNS, (_run_cells(r) for r in results))
-    _write_csv(output / "table.csv", *_table_csv(table))
-    text = "\n".join([*_table_md(table, grid), *said, "", *notes]) + "\n"
-    write_atomically(str(output / "table.md"), text.encode())
     image = io.BytesIO()
     save(draw(table, grid["options"]["model"], pick), image)
-    write_atomically(str(output / "comparison.png"), image.getvalue())
+    text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
+    rows = [row for rows in table.values() for row in rows]
+    contents = (
+        _csv(asdict(r) | {"drop_path": str(r.drop_path)} for r in results),
+        _csv(map(_row_cells, rows)),
+        ("\n".join(text) + "\n").encode(),
+        image.getvalue(),
+    )
+    for name, content in zip(OUTPUTS, contents, strict=True):
+        write_atomically(str(output / name), content)
     return "\n".join([*said, f"{', '.join(OUTPUTS)} are in {output}"])
 
 
-RUN_COLUMNS = (
-    "variant", "drop_path", "seed", "status", "epochs", "top1", "eval_loss", "train_loss",
-    "seconds", "flops", "error",
-)  # fmt: skip
-
-
-def _run_cells(r: Result) -> tuple:
-    rate = 0.0 if r.run.drop_path is None else r.run.drop_path
-    numbers = (r.top1, r.eval_loss, r.train_loss, r.seconds, r.flops)
-    return (r.run.variant, rate, r.run.seed, r.status, r.epochs, *map(_cell, numbers), r.error)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.10g}"
-
-
-def _table_csv(table: Table) -> tuple[list[str], list[list]]:
-    header = ["drop_path", "variant", "epochs", "seeds", "diverged", "failed", "unfinished"]
-    header += ["mean", "sd", "low", "high"]
+def _row_cells(row: Row) -> dict[str, Any]:
+    m = row.top1
+    cells = {"drop_path": str(row.drop_path), "variant": row.variant, "epochs": row.epochs}
+    cells |= {"seeds": m.n, **row.counts, "mean": m.mean, "sd": m.sd, "low": m.low, "high": m.high}
     for reference in REFERENCES:
+        c = row.comparisons.get(reference)
         columns = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
-        header += [f"{column}_to_{reference}" for column in columns]
-    header += ["seconds", "flops", "relative_flops"]
-    lines = []
-    for row in (row for rows in table.values() for row in rows):
-        counts = (row.count(DIVERGED), row.count(FAILED), row.unfinished)
-        cells = [row.drop_path, row.variant, row.epochs, row.top1.n, *counts]
-        cells += map(_cell, (row.top1.mean, row.top1.sd, row.top1.low, row.top1.high))
-        for reference in REFERENCES:
-            c = row.comparisons.get(reference)
-            if c is None:
-                cells += [""] * 7
-                continue
-            d = c.difference
-            numbers = (d.mean, d.sd, d.low, d.high, c.p, c.corrected)
-            cells += [d.n, *map(_cell, numbers)]
-        cells += map(_cell, (row.seconds, row.flops, row.relative))
-        lines.append(cells)
-    return header, lines
+        values = (*c.difference, c.p, c.corrected) if c else (None,) * len(columns)
+        cells |= {f"{k}_to_{reference}": v for k, v in zip(columns, values, strict=True)}
+    return cells | {"seconds": row.seconds, "flops": row.flops, "relative_flops": row.relative}
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    text, rows = io.StringIO(newline=""), list(rows)
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    for row in rows:
+        cells = {k: _text(v, ".10g") if isinstance(v, float) else v for k, v in row.items()}
+        writer.writerow(cells)
+    return text.getvalue().encode()
 
 
 def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
@@ -99,51 +80,44 @@ def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
     heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
-    heading += ["median time", "FLOPs", "relative"]
+    heading += ["median time, s", "FLOPs", "relative"]
     for rate, rows in table.items():
         lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
         for row in rows:
             m = row.top1
             seeds = ", ".join(filter(None, (str(m.n), row.missing)))
-            cells = [row.variant, _number(row.epochs, "d"), seeds]
-            cells += [_number(m.mean, ".2f"), _number(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
+            cells = [row.variant, _text(row.epochs, "d"), seeds]
+            cells += [_text(m.mean, ".2f"), _text(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
             for reference in against:
-                c = row.comparisons.get(reference)
-                if c is None:
-                    cells += ["", "", ""]
-                    continue
-                d = c.difference
-                paired = "" if d.n == row.top1.n else f" ({d.n} pairs)"
-                mean = "" if d.mean is None else signed(d.mean)
-                cells.append(f"{mean} {_interval(d, signed)}{paired}".strip())
-                cells += [
-                    "" if p is None else p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)
-                ]
-            cells += [_time(row.seconds), _number(row.flops, ".3g"), _number(row.relative, ".2f")]
+                cells += _against(row, row.comparisons.get(reference))
+            ends = ((row.seconds, ".1f"), (row.flops, ".3g"), (row.relative, ".2f"))
+            cells += [_text(value, form) for value, form in ends]
             lines.append(_line(cells))
     return [*lines, ""]
+
+
+def _against(row: Row, c: Comparison | None) -> list[str]:
+    if c is None:
+        return ["", "", ""]
+    d = c.difference
+    paired = "" if d.n == row.top1.n else f" ({d.n} pairs)"
+    mean = "" if d.mean is None else signed(d.mean)
+    p_values = ["" if p is None else p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)]
+    return [f"{mean} {_interval(d, signed)}{paired}".strip(), *p_values]
 
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _number(value: float | None, form: str) -> str:
+def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
 def _interval(m: Mean, text: Callable[[float], str]) -> str:
     if m.n == 1:
         return "(one seed: none)"
-    return "" if m.low is None else f"[{text(m.low)}, {text(m.high)}]"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return "" if m.low is None or m.high is None else f"[{text(m.low)}, {text(m.high)}]"
 
 
 def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
@@ -151,12 +125,11 @@ def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
     if not said:
         said = ["There are no runs of droppath to compare with: add droppath to --variants."]
     missing = {}  # plain is in the rows of every rate
-    for rate, rows in table.items():
-        for row in rows:
-            place = row.variant if row.variant == "plain" else f"{row.variant} at {rate:g}"
-            missing[place] = row.missing
-    if any(missing.values()):
-        listed = "; ".join(f"{place}: {what}" for place, what in missing.items() if what)
+    for row in (row for rows in table.values() for row in rows if row.missing):
+        place = row.variant if row.variant == "plain" else f"{row.variant} at {row.drop_path:g}"
+        missing[place] = row.missing
+    if missing:
+        listed = "; ".join(f"{place}: {what}" for place, what in missing.items())
         said.append(f"Runs that are not in the means: {listed}.")
     return [f"- {line}" for line in said]
 
@@ -165,14 +138,13 @@ def _notes(
     table: Table, comparisons: Sequence[Comparison], grid: dict[str, Any], pick: str
 ) -> list[str]:
     tests = sum(c.p is not None for c in comparisons)
-    epoch = (
-        "after the last epoch, so that nothing is picked on it"
-        if pick == "last"
-        else "in the best epoch of each run: picked on that very set, and so flattering to all"
-    )
+    epoch = {
+        "last": "after the last epoch, so that nothing is picked on it",
+        "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
+    }
     notes = [
-        f"Top-1 is in per cent on the validation set, {epoch}. Differences are in points, paired "
-        "by seed: the same initial weights and the same order of the data.",
+        f"Top-1 is in per cent on the validation set, {epoch[pick]}. Differences are in points, "
+        "paired by seed: the same initial weights and the same order of the data.",
         "Intervals are 95 %, from the t distribution, not corrected for their number. p is that of "
         "the two-sided paired t test (scipy.stats.ttest_rel); corrected p is after Holm's "
         f"correction over the {tests} {'test' if tests == 1 else 'tests'} of this table, and below "
@@ -185,21 +157,8 @@ def _notes(
     if any(costs["update"] is None for costs in grid["costs"].values()):
         notes.append("The FLOPs of this model could not be counted without data.")
     if any(row.variant == MATCHED for rows in table.values() for row in rows):
-        what = {
-            "flops": "by counted FLOPs",
-            "updates": "by optimizer updates",
-            "time": "by measured time",
-        }
         notes.append(
             "droppath-matched is droppath with the number of --epochs whose cost comes nearest to "
-            f"that of rdp, {what[grid['match']]}, and never with fewer than the others."
+            "that of rdp, by counted FLOPs, and never with fewer than the others."
         )
-    return [line for note in notes for line in (note, "")][:-1]
-
-
-def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(str(path), text.getvalue().encode())
+    return "\n\n".join(notes).splitlines()

@@ -1,5 +1,6 @@
 """The runs of a comparison: each a training process with a folder of its own."""
 
+import argparse
 import csv
 import json
 import os
@@ -10,28 +11,32 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from timm_rdp.errors import UsageError
+from timm_rdp.errors import refused_with
 from timm_rdp.training.files import write_atomically
+from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
 
 VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
-RDP_VARIANTS = ("rdp", "rdp-next")
+RDP_VARIANTS = frozenset({"rdp", "rdp-next"})
+FOR_RDP = ("rdp_every", "rdp_start_epoch")
 MATCHED = "droppath-matched"
 RECIPE = "recipe.yaml"
 
 DONE, FAILED, DIVERGED, INTERRUPTED = "done", "failed", "diverged", "interrupted"
 
-_NAME = re.compile(rf"({'|'.join(VARIANTS)})(?:-([0-9][0-9.e-]*))?-seed(\d+)")
-# How the training command says that numbers ran away, see losses.py, loop.py and train.py.
+_NAME = re.compile(rf"({'|'.join(VARIANTS)})(?:-(0\.\d+|\d(?:\.\d+)?e-\d+))?-seed(\d+)")
+# How the training command says that numbers ran away.
 _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is not a finite)")
-_NEVER = 1_000_000_000  # cycles until a complement iteration, of which there are to be none
+_NEVER = 1_000_000_000  # droppath iterations until a complement iteration
 _POLL = 0.2  # seconds
 _SAME_SIGNAL = 1.0  # seconds within which a second signal is taken for the same one
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -40,7 +45,7 @@ _STOPPED = (0, *(128 + number for number in _SIGNALS), *(-number for number in _
 
 
 @dataclass(frozen=True)
-class Run:
+class Cell:
     """One cell of the grid; `drop_path` is None for plain."""
 
     variant: str
@@ -54,58 +59,50 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run to do: the flags that make it differ from the recipe, and how many epochs it takes."""
+class Training:
+    """A run to do: its folder, its flags beside those of the recipe, how many epochs it takes."""
 
-    run: Run
+    folder: Path
     flags: tuple[str, ...]
     epochs: int
 
 
-@dataclass
-class _Attempt:
-    job: Job
+class _Attempt(NamedTuple):
+    training: Training
     process: subprocess.Popen
-    started: float
     first: bool  # there was nothing before
     log_start: int
-    epochs: int
 
 
-def run_of_name(name: str) -> Run | None:
-    """The run that a folder of this name holds; None for any other folder."""
+def cell_of_name(name: str) -> Cell | None:
+    """The cell that a folder of this name holds; None for any other folder."""
     match = _NAME.fullmatch(name)
     if not match or (match[1] == "plain") != (match[2] is None):
         return None
-    try:
-        return Run(match[1], match[2] and float(match[2]), int(match[3]))
-    except ValueError:
-        return None
+    return Cell(match[1], None if match[2] is None else float(match[2]), int(match[3]))
 
 
-def all_runs(output: Path, asked: Iterable[str] = ()) -> list[Run]:
-    """Every run that was asked for by name or that the folder has something of, in fixed order."""
+def all_cells(output: Path, asked: Iterable[str] = ()) -> list[Cell]:
+    """Every cell that was asked for by name or that the folder has something of, in fixed order."""
     names = {path.name.removesuffix(".json") for path in (output / "runs").glob("*-seed*")}
-    names.update(asked)
-    runs = [run for name in names if (run := run_of_name(name)) is not None]
-    return sorted(runs, key=lambda r: (r.drop_path or 0.0, VARIANTS.index(r.variant), r.seed))
+    cells = [cell for name in names.union(asked) if (cell := cell_of_name(name)) is not None]
+    return sorted(cells, key=lambda c: (c.drop_path or 0.0, VARIANTS.index(c.variant), c.seed))
 
 
-def variant_flags(
-    variant: str, drop_path: float | None, rdp_options: Sequence[str] = ()
-) -> list[str]:
-    """The training flags of a variant; `rdp_options` are for the RDP variants alone."""
+def variant_flags(variant: str, drop_path: float | None, options: argparse.Namespace) -> list[str]:
+    """The training flags of a variant; FOR_RDP of the options go to the RDP variants alone."""
     flags = ["--drop-path", str(drop_path or 0.0)]
     if variant == "droppath-batch":
         flags += ["--rdp", "--rdp-every", str(_NEVER)]
     if variant in RDP_VARIANTS:
-        flags += ["--rdp", *rdp_options]
+        values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
+        flags += ["--rdp", *chain.from_iterable(values.items())]
     if variant == "rdp-next":
         flags += ["--rdp-batch", "next"]
     return flags
 
 
-def read_record(output: Path, run: Run) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What is known of a run: status, seconds, epochs, error.
 
     Status "" is a run that has not begun, or whose folder was removed.
@@ -113,164 +110,68 @@ def read_record(output: Path, run: Run) -> dict[str, Any]:
     Raises:
         UsageError: what there is of it is damaged.
     """
-    file, folder = output / "runs" / f"{run.name}.json", output / "runs" / run.name
-    status = INTERRUPTED if folder.is_dir() else ""
-    epochs = epochs_done(folder)
+    begun, epochs, file = folder.is_dir(), epochs_done(folder), Path(f"{folder}.json")
+    status = INTERRUPTED if begun else ""
     unfinished = {"status": status, "seconds": None, "epochs": epochs, "error": ""}
-    try:
+    if not file.exists():
+        return unfinished
+    with refused_with(f"{file} is damaged, delete it"):
         record = json.loads(file.read_text())
         if record.keys() != unfinished.keys() or record["status"] not in (DONE, DIVERGED, FAILED):
-            raise ValueError("it is no record of a run")
-    except FileNotFoundError:
+            raise ValueError("not the record of a run")
+    if record["status"] == DONE and not begun:
         return unfinished
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{file} cannot be read ({error}): delete it, and the comparison's command goes on "
-            "with that run"
-        ) from None
-    if record["status"] != DONE or record["epochs"] == epochs:
-        return record
-    if not status:
-        return unfinished
-    raise damaged(folder, f"holds {epochs} of the {record['epochs']} epochs that the run did")
+    with damage_named(folder):
+        if record["status"] == DONE and record["epochs"] != epochs:
+            raise ValueError(f"{epochs} of {record['epochs']} epochs")
+    return record
 
 
-def damaged(folder: Path, what: str) -> UsageError:
-    """The error of a run whose summary.csv is not what the run wrote."""
-    return UsageError(
-        f"{folder / SUMMARY} {what}: delete {folder}, and the comparison's command trains that run "
-        "again"
-    )
+def damage_named(folder: Path) -> AbstractContextManager[None]:
+    """Names a run's summary.csv in one line where it is not what the run wrote."""
+    return refused_with(f"{folder / SUMMARY} is damaged, delete {folder}")
 
 
 def summary_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    try:
-        text = (folder / SUMMARY).read_text()
-    except UnicodeDecodeError as error:
-        raise damaged(folder, f"is no text ({error.reason})") from None
-    except OSError:
-        return []
-    return list(csv.DictReader(text.splitlines()))
+    """The rows of a run's summary.csv, none where there is no such file."""
+    with damage_named(folder):
+        text = (folder / SUMMARY).read_text() if (folder / SUMMARY).exists() else ""
+        return list(csv.DictReader(text.splitlines()))
 
 
 def epochs_done(folder: Path) -> int:
-    """How many epochs a run's summary.csv goes up to.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    rows = summary_rows(folder)
-    try:
-        return int(rows[-1]["epoch"]) + 1 if rows else 0
-    except (KeyError, TypeError, ValueError):
-        raise damaged(folder, "has no column of epochs") from None
+    """How many epochs a run's summary.csv goes up to."""
+    with damage_named(folder):
+        return max((int(row["epoch"]) + 1 for row in summary_rows(folder)), default=0)
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
-    """What each of several runs side by side finds in its environment: its cores, its GPU.
-
-    Args:
-        jobs: how many there are at a time.
-        device: the recipe's.
-    """
+    """What each of `jobs` runs side by side finds in its environment: its cores, its GPU."""
     environments = [dict(os.environ) for _ in range(jobs)]
-    if jobs == 1:
-        return environments
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        allowed = getattr(os, "sched_getaffinity", None)
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        for environment in environments:
-            environment["OMP_NUM_THREADS"] = str(max(1, cores // jobs))
-    if device == "cuda":
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = (
-            listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
-        )
-        for i, environment in enumerate(environments):
-            environment["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    for i, environment in enumerate(environments if jobs > 1 else ()):
+        if device == "cpu":
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+        if device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
     return environments
 
 
-class Progress:
-    """A bar over the epochs of all runs, and a line for each run that ends.
-
-    Args:
-        jobs: all that there are to do.
-        output: the folder of the comparison.
-    """
-
-    def __init__(self, jobs: Sequence[Job], output: Path):
-        self._runs, self._ended, self._started = len(jobs), 0, time.monotonic()
-        left = sum(max(0, j.epochs - epochs_done(output / "runs" / j.run.name)) for j in jobs)
-        self.bar = tqdm(total=left, unit="epoch", smoothing=0, disable=None, dynamic_ncols=True)
-        self._done, self._total, self._drawn = 0, left, 0.0
-        self._describe()
-
-    def _describe(self) -> None:
-        self.bar.set_description(f"{self._ended}/{self._runs} runs")
-
-    def more_epochs(self, count: int) -> None:
-        """There are `count` epochs more to do than was thought."""
-        self._total += count
-        self.bar.total = self._total
-        self.bar.refresh()
-
-    def epochs(self, count: int) -> None:
-        """`count` epochs were done; also brings the clock up to date."""
-        self._done += count
-        self.bar.update(count)
-        if time.monotonic() - self._drawn > 1:
-            self._drawn = time.monotonic()
-            self.bar.refresh()
-
-    def ended(self, job: Job, record: Mapping, log: Path, seen: int) -> None:
-        """A run ended; `seen` of its epochs have been reported by `epochs`."""
-        self._ended += 1
-        self.more_epochs(min(0, seen - job.epochs))  # those that will not come
-        self._describe()
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(1, self._done) * (self._total - self._done)
-        text = record["status"] or INTERRUPTED
-        if record["seconds"] is not None:
-            text += f" in {record['seconds']:.0f} s"
-        if record["error"]:
-            text += f": {record['error']} (see {log})"
-        when = f"; {tqdm.format_interval(left)} left" if self._ended < self._runs else ""
-        tqdm.write(f"[{self._ended}/{self._runs}] {job.run.name} {text}{when}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    output: Path,
-    environments: Sequence[Mapping[str, str]],
-    progress: Progress,
-    lock: int,
+def train_all(
+    trainings: Sequence[Training], environments: Sequence[Mapping[str, str]], lock: int
 ) -> int:
-    """Do the jobs, one process each, as many at a time as there are environments.
+    """Train, one process each, as many at a time as there are environments.
 
     Signals that ask to stop are passed on to the runs, which save what they have, and no more are
-    begun; a second signal kills them.
-
-    Args:
-        jobs: in the order in which they begin.
-        output: the folder of the comparison.
-        environments: one per process at a time.
-        progress: is told how far they are.
-        lock: file descriptor that the processes keep open as long as they live.
+    begun; a second signal kills them. They keep the file descriptor `lock` open while they live.
 
     Returns:
         the signal that stopped them, else 0
     """
-    waiting, stop, stopped_at = deque(jobs), 0, 0.0
+    waiting, stop, stopped_at = deque(trainings), 0, 0.0
     active: dict[int, _Attempt] = {}
 
     def forward(number: int, _: Any) -> None:
@@ -281,22 +182,25 @@ def run_jobs(
             attempt.process.send_signal(signal.SIGKILL if stop else _passed_on(number))
         stop, stopped_at = stop or number, stopped_at or time.monotonic()
 
+    bar = tqdm(total=len(trainings), unit="run", smoothing=0, disable=None, dynamic_ncols=True)
     previous = {number: signal.signal(number, forward) for number in _SIGNALS}
     try:
         while active or (waiting and not stop):
             for slot, environment in enumerate(environments):
                 if slot not in active and waiting and not stop:
-                    active[slot] = _start(waiting.popleft(), output, environment, lock)
+                    active[slot] = _start(waiting.popleft(), environment, lock)
                     if stop:  # it came while the process was made
                         active[slot].process.send_signal(_passed_on(stop))
             for slot, attempt in list(active.items()):
-                ended = attempt.process.poll() is not None
-                _follow(attempt, output, progress)
-                if ended:
+                if attempt.process.poll() is not None:
                     del active[slot]
-                    _finish(attempt, output, progress, stopped=bool(stop))
+                    ended = len(trainings) - len(waiting) - len(active)
+                    line = f"[{ended}/{len(trainings)}] {_finish(attempt, stopped=bool(stop))}"
+                    bar.write(line, file=sys.stderr)
+                    bar.update()
             time.sleep(_POLL)
     finally:
+        bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
         for attempt in active.values():  # something went wrong here
@@ -304,84 +208,56 @@ def run_jobs(
     return stop
 
 
-def training_command(job: Job, output: Path) -> list[str]:
+def training_command(training: Training) -> list[str]:
     """The command line of a run."""
-    command = [sys.executable, "-m", "timm_rdp.cli", "train", "-c", str(output / RECIPE)]
-    command += ["--output", str(output / "runs"), "--experiment", job.run.name]
-    return [*command, "--resume", "auto", *job.flags]
+    runs = training.folder.parent
+    command = [sys.executable, "-m", "timm_rdp.cli", "train", "-c", str(runs.parent / RECIPE)]
+    command += ["--output", str(runs), "--experiment", training.folder.name]
+    return [*command, "--resume", "auto", *training.flags]
 
 
 def _passed_on(number: int) -> int:
     return number if number == signal.SIGINT else signal.SIGTERM
 
 
-def _start(job: Job, output: Path, environment: Mapping[str, str], lock: int) -> _Attempt:
-    folder, log = output / "runs" / job.run.name, output / "runs" / f"{job.run.name}.log"
-    (output / "runs" / f"{job.run.name}.json").unlink(missing_ok=True)
-    first = not folder.exists()
-    with log.open("ab") as file:
-        start = file.tell()
+def _start(training: Training, environment: Mapping[str, str], lock: int) -> _Attempt:
+    Path(f"{training.folder}.json").unlink(missing_ok=True)
+    first = not training.folder.exists()
+    with open(f"{training.folder}.log", "ab") as log:
         process = subprocess.Popen(
-            training_command(job, output),
+            training_command(training),
             stdin=subprocess.DEVNULL,
-            stdout=file,
+            stdout=log,
             stderr=subprocess.STDOUT,
             env=dict(environment),
             pass_fds=(lock,),
             start_new_session=True,  # Ctrl-C on the terminal reaches it once, through us
         )
-    return _Attempt(job, process, time.time(), first, start, epochs_done(folder))
+        return _Attempt(training, process, first, log.tell())
 
 
-def _follow(attempt: _Attempt, output: Path, progress: Progress) -> None:
-    epochs = epochs_done(output / "runs" / attempt.job.run.name)
-    # A resumed run may have gone back by an epoch.
-    progress.epochs(max(0, epochs - attempt.epochs))
-    attempt.epochs = max(epochs, attempt.epochs)
-
-
-def _finish(attempt: _Attempt, output: Path, progress: Progress, stopped: bool) -> None:
-    job, code = attempt.job, attempt.process.returncode
-    epochs = epochs_done(output / "runs" / job.run.name)
-    log = output / "runs" / f"{job.run.name}.log"
-    seconds = _seconds(attempt, output / "runs" / job.run.name)
-    record = {"seconds": seconds, "epochs": epochs, "error": ""}
-    if code == 0 and epochs >= job.epochs:
-        record["status"] = DONE
-    elif stopped or code in _STOPPED:
-        record |= {"status": "", "seconds": None}
-    else:
-        record["error"] = _error(log, attempt.log_start, code)
-        ran_away = code == 1 and _RAN_AWAY.match(record["error"])
-        record["status"] = DIVERGED if ran_away else FAILED
-    if record["status"]:
-        text = json.dumps(record, indent=2) + "\n"
-        write_atomically(str(output / "runs" / f"{job.run.name}.json"), text.encode())
-    progress.ended(job, record, log, attempt.epochs)
-
-
-def _seconds(attempt: _Attempt, folder: Path) -> float | None:
-    """Time that training and validation took; None where only part of it was measured.
-
-    Without the process's start: it takes as long for every variant, and in short runs most of it.
-    """
-    if not attempt.first:
-        return None
-    try:
-        began = (folder / "args.yaml").stat().st_mtime  # written when all is set up
-    except OSError:
-        began = attempt.started
-    return round(max(0.0, time.time() - began), 2)
+def _finish(attempt: _Attempt, stopped: bool) -> str:
+    """Record what became of a run, and say it in a line."""
+    folder, code = attempt.training.folder, attempt.process.returncode
+    status, error, seconds, epochs = DONE, "", None, epochs_done(folder)
+    if code or epochs < attempt.training.epochs:
+        if stopped or code in _STOPPED:
+            return f"{folder.name} {INTERRUPTED}"
+        error = _error(Path(f"{folder}.log"), attempt.log_start, code)
+        status = DIVERGED if code == 1 and _RAN_AWAY.match(error) else FAILED
+    # Without the process's start, which takes as long for every variant: args.yaml is written when
+    # all is set up. Of a resumed run only a part was measured.
+    if attempt.first and (folder / "args.yaml").exists():
+        seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
+    record = {"seconds": seconds, "epochs": epochs, "error": error, "status": status}
+    write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())
+    return f"{folder.name} {status}" + (f": {error} (see {folder}.log)" if error else "")
 
 
 def _error(log: Path, start: int, code: int) -> str:
     """The last error that a run's log tells of, or else what there is to say."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = [x for x in log.read_bytes()[start:].decode(errors="replace").splitlines() if x.strip()]
     told = [line for line in lines if line.startswith("error: ")]
-    if told:
-        return told[-1]
-    if code < 0:
-        return f"killed by signal {-code}"
+    if told or code < 0:
+        return told[-1] if told else f"killed by signal {-code}"
     return lines[-1].strip()[:300] if lines else f"exit status {code}"

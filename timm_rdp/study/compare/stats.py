@@ -1,18 +1,18 @@
 """What a comparison over seeds supports: intervals, paired tests, their correction."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
-from timm_rdp.study.compare.runs import RDP_VARIANTS, VARIANTS
+from timm_rdp.study.compare.runs import RDP_VARIANTS
 
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
 
 
-@dataclass
-class Mean:
+class Mean(NamedTuple):
     """Mean of some values, their standard deviation (divisor n - 1) and the mean's 95 % interval.
 
     What the number of values does not allow is None.
@@ -51,7 +51,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     from scipy.stats import t
 
     mean, sd = statistics.fmean(values), statistics.stdev(values)
-    half = float(t.ppf(1 - LEVEL / 2, n - 1)) * sd / math.sqrt(n)
+    half = float(t.ppf(1 - LEVEL / 2, n - 1)) * sd / n**0.5
     return Mean(n, mean, sd, mean - half, mean + half)
 
 
@@ -84,30 +84,22 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def compare(
-    scores: Mapping[tuple[str, float | None], Mapping[int, float]], rates: Sequence[float]
-) -> list[Comparison]:
+def compare(scores: Mapping[float, Mapping[str, Mapping[int, float]]]) -> list[Comparison]:
     """Every variant against every reference, at every drop rate.
 
     Args:
-        scores: by variant and drop rate (None for plain), the score of each seed that is done.
-        rates: the drop rates.
+        scores: by drop rate and variant, the score of each seed that is done.
     """
     comparisons = []
-    for rate in rates:
-        own = {v: scores.get((v, None if v == "plain" else rate)) for v in VARIANTS}
-        for i, reference in enumerate(REFERENCES):
-            for variant in VARIANTS:
-                if variant in REFERENCES[: i + 1]:
-                    continue  # itself, or the same pair the other way round
-                if own[variant] is None or own[reference] is None:
-                    continue
-                seeds = sorted(own[variant].keys() & own[reference].keys())
-                a = [own[variant][s] for s in seeds]
-                b = [own[reference][s] for s in seeds]
-                difference = mean_of([x - y for x, y in zip(a, b, strict=True)])
-                p = paired_p(a, b)
-                comparisons.append(Comparison(rate, variant, reference, difference, p))
+    for (rate, of_rate), (i, reference) in product(scores.items(), enumerate(REFERENCES)):
+        # A reference is not compared with itself, nor is a pair the other way round.
+        others = [variant for variant in of_rate if variant not in REFERENCES[: i + 1]]
+        for variant in others if reference in of_rate else ():
+            own, other = of_rate[variant], of_rate[reference]
+            seeds = sorted(own.keys() & other.keys())
+            a, b = [own[s] for s in seeds], [other[s] for s in seeds]
+            difference = mean_of([x - y for x, y in zip(a, b, strict=True)])
+            comparisons.append(Comparison(rate, variant, reference, difference, paired_p(a, b)))
     for comparison, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True):
         comparison.corrected = p
     return comparisons
@@ -116,20 +108,19 @@ def compare(
 def sentence(c: Comparison) -> str:
     """What one comparison supports, in plain words."""
     start = f"{c.variant} - {c.reference} at {c.drop_path:g}: "
-    d = c.difference
-    if d.n == 0:
+    n, mean, _, low, high = c.difference
+    if mean is None:
         return start + "no seed is done in both, so that nothing can be said."
-    if d.n == 1:
-        return start + f"{signed(d.mean)} points, one seed: no interval or test can be given."
-    interval = f"[{signed(d.low)}, {signed(d.high)}]"
-    start += f"{signed(d.mean)} points {interval}, {d.n} seeds, "
+    if low is None or high is None:
+        return start + f"{signed(mean)} points, one seed: no interval or test can be given."
+    start += f"{signed(mean)} points [{signed(low)}, {signed(high)}], {n} seeds, "
     if c.corrected is None:
         return start + "the same difference in every seed: no test can be given."
     start += f"corrected {p_text(c.corrected)}: "
     if c.corrected >= LEVEL:
         alone = c.p is not None and c.p < LEVEL
         return start + f"no difference {'that holds after correction' if alone else 'seen'}."
-    return start + f"{c.variant} is {'better' if d.mean > 0 else 'worse'}."
+    return start + f"{c.variant} is {'better' if mean > 0 else 'worse'}."
 
 
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
