@@ -383,7 +383,7 @@ def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
         (["--rdp", "--rdp-evry", "2"], "did you mean --rdp-every"),
         (["--rdp", "--rdp-seed"], "--rdp-seed: expected one argument"),
         (["--rdp", "--rdp-seed", "x"], "--rdp-seed: invalid int value: 'x'"),
-        (["--rdp", "--skip-dropped"], "--skip-dropped goes without --rdp"),
+        (["--rdp", "--skip-dropped"], "--skip-dropped cannot be combined with --rdp"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(scripts, args, expected):

@@ -49,7 +49,7 @@ class Iteration:
     def __repr__(self) -> str:
         return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"
 
-    def decision(self, path: Path) -> float:
+    def _decision(self, path: Path) -> float:
         """What the path's DropPath does in this iteration (see drop_path.Decision)."""
         if self.phase == COMPLEMENT:
             return 1.0

@@ -273,7 +273,7 @@ class ResidualDropPath:
         it.trainable = frozenset(n for n in it.trainable if self._parameters[n].requires_grad)
         self._begin(it)
         not_run = it.dropped if it.phase == DROPPATH else frozenset()
-        decisions = {(p.module, p.call): it.decision(p) for p in self.paths}
+        decisions = {(p.module, p.call): it._decision(p) for p in self.paths}
         self._active = it
         self._patch.turn_on(decisions, it.trainable, not_run)
 

@@ -137,7 +137,8 @@ def random_state(device: torch.device | None = None) -> dict[str, Any]:
     Args:
         device: whose generator is noted too, where it is a CUDA device.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

@@ -37,7 +37,7 @@ class StopSignals:
         self._time = 0.0
         self._pid = os.getpid()
         # On gloo whatever the backend is, so that nobody waits for an accelerator.
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._group: Any = dist.new_group(backend="gloo") if distributed else None
         self._work: Any = None
         self._largest = torch.zeros((), dtype=torch.int64)
 
@@ -83,7 +83,9 @@ class StopSignals:
             self._work.wait()
             known = int(self._largest)
         self._largest = torch.tensor(self._signum)
-        self._work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._work = dist.all_reduce(
+            self._largest, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
         return known
 
     def close(self) -> None:

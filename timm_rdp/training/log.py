@@ -6,7 +6,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm import utils
@@ -118,7 +118,7 @@ class Losses:
                 meter.count = sum(state[name][3] for state in states)
                 meter.avg = meter.sum / meter.count if meter.count else 0
 
-    def _meters(self) -> dict[str, utils.AverageMeter]:
+    def _meters(self) -> dict[str, Any]:
         named = {"first": self.first, "dropped": self._dropped, "trainable": self._trainable}
         return {**named, **self.phases}
 

@@ -22,6 +22,7 @@ from timm_rdp.training.batches import MicroBatch, to_device, update_sizes
 from timm_rdp.training.checkpoint import all_finite
 from timm_rdp.training.interrupt import Stopped, StopSignals
 from timm_rdp.training.log import Display, Losses, mean_lr
+from timm_rdp.training.model import trained_module
 from timm_rdp.training.state import RunState
 
 # Forward and backward of a micro-batch, whose loss is divided by a number; then, where the last
@@ -50,57 +51,50 @@ def train_one_epoch(
 
     Args:
         num_batches: of the whole epoch, as the loader says.
-        losses: takes the losses.
         save_recovery: writes a checkpoint between two updates; every rank calls it.
         image_folder: where `--save-images` writes.
 
     Raises:
-        TrainingError: a loss is not a finite number; what was saved before is not touched.
         Stopped: the run was asked to stop; a recovery checkpoint has been written.
     """
-    task.get_trainable_module().train()
-    optimizer.zero_grad()
     num_updates = state.epoch * -(-num_batches // args.grad_accum_steps) + state.updates_done
     sizes = islice(update_sizes(num_batches, args.grad_accum_steps), state.updates_done, None)
     display.start_epoch(state)
     for update, (size, divisor, last) in enumerate(sizes, state.updates_done):
-        state.update = update
-        load_start = time.time()
+        state.update, load_start = update, time.time()
         first = next(batches, None)
         if first is None:
             break
         data_time = time.time() - load_start
-
+        group = chain([first], islice(batches, size - 1))
         count, newest = train_on_group(
-            rdp, args.rdp_batch, train_batch, chain([first], islice(batches, size - 1)),
-            size, divisor, losses, update,
-        )  # fmt: skip
+            rdp, args.rdp_batch, train_batch, group, size, divisor, losses, update
+        )
         if count < size:  # the loader ended before the length that it told, as in timm
             break
-        num_updates += 1
-        state.updates_done += 1
+        num_updates, state.updates_done = num_updates + 1, state.updates_done + 1
         display.updated(newest.size * size * args.world_size, data_time)
         task.update_ema(step=num_updates)
         if args.synchronize_step and newest.target.device.type == "cuda":
             torch.cuda.synchronize()
-
-        at_interval = state.update % args.log_interval == 0 or last
+        at_interval = update % args.log_interval == 0 or last
         if at_interval or display.is_due():
             display.show(state, losses, mean_lr(optimizer), last)
         if at_interval and args.save_images and image_folder:
-            path = os.path.join(image_folder, f"train-batch-{newest.index}.jpg")
-            torchvision.utils.save_image(newest.input, path, padding=0, normalize=True)
+            _save_images(newest, image_folder)
         if lr_scheduler is not None:
             lr_scheduler.step_update(num_updates=num_updates, metric=losses.first.avg)
         signum = stop.on_any_rank()
-        if signum and (args.rdp_batch == "same" or not _complement_is_next(rdp)):
+        stops = signum and not (args.rdp_batch == "next" and _complement_is_next(rdp))
+        if stops or (args.recovery_interval and (update + 1) % args.recovery_interval == 0):
             save_recovery()
+        if stops:
             raise Stopped(signum)
-        if args.recovery_interval and (state.update + 1) % args.recovery_interval == 0:
-            save_recovery()
 
-    if hasattr(optimizer, "sync_lookahead"):
-        optimizer.sync_lookahead()
+
+def _save_images(batch: MicroBatch, folder: str) -> None:
+    path = os.path.join(folder, f"train-batch-{batch.index}.jpg")
+    torchvision.utils.save_image(batch.input, path, padding=0, normalize=True)
 
 
 def _complement_is_next(rdp: ResidualDropPath | None) -> bool:
@@ -267,7 +261,7 @@ def check_weights(task: TrainingTask, state: RunState) -> None:
     Raises:
         TrainingError: naming where the run stands.
     """
-    if not all_finite(task.get_trainable_module()):
+    if not all_finite(trained_module(task)):
         raise TrainingError(
             f"a weight is not a finite number after epoch {state.epoch}, update {state.update}: "
             "training stops; try a lower --lr, more --warmup-epochs or --clip-grad 1.0"

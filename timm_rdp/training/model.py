@@ -175,10 +175,8 @@ def _init_head(model: Any, args: argparse.Namespace) -> None:
             nn.init.constant_(head.bias, bias)
 
 
-def build_losses(
-    args: argparse.Namespace, device: torch.device, mixup_active: bool
-) -> tuple[nn.Module, nn.Module]:
-    """The training and the validation loss."""
+def build_loss(args: argparse.Namespace, device: torch.device, mixup_active: bool) -> nn.Module:
+    """The training loss; validation takes that of the task\'s evaluator."""
     bce = partial(
         losses.BinaryCrossEntropy,
         target_threshold=args.bce_target_thresh,
@@ -194,7 +192,7 @@ def build_losses(
         train_loss = smoothed(smoothing=args.smoothing)
     else:
         train_loss = nn.CrossEntropyLoss()
-    return train_loss.to(device=device), nn.CrossEntropyLoss().to(device=device)
+    return train_loss.to(device=device)
 
 
 def build_task(
@@ -235,3 +233,17 @@ def build_task(
         return tasks.TokenDistillationTask(
             distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
         )
+
+
+def trained_module(task: tasks.TrainingTask, ema: bool = False) -> nn.Module:
+    """The module whose parameters the task trains, as it is wrapped, or its moving average."""
+    module = task.get_trainable_module(ema=ema)
+    assert module is not None
+    return module
+
+
+def evaluated_module(task: tasks.TrainingTask, ema: bool = False) -> nn.Module:
+    """The module that validation runs: the network itself."""
+    module = task.get_eval_model(ema=ema)
+    assert module is not None
+    return module

@@ -20,6 +20,7 @@ from timm_rdp.training.curves import Curves
 from timm_rdp.training.files import write_atomically
 from timm_rdp.training.log import Losses, mean_lr
 from timm_rdp.training.loop import check_weights
+from timm_rdp.training.model import trained_module
 from timm_rdp.training.resume import state_of_rank, state_of_run
 from timm_rdp.training.setup import Parts
 from timm_rdp.training.state import RunState
@@ -88,7 +89,7 @@ class Summary:
         rdp_metrics: Mapping,
     ) -> dict:
         """Add an epoch's row to the file, and return it."""
-        row = OrderedDict(epoch=epoch)
+        row: dict[str, Any] = OrderedDict(epoch=epoch)
         row.update((f"train_{k}", v) for k, v in train_metrics.items())
         row.update((f"eval_{k}", v) for k, v in (eval_metrics or {}).items())
         row["lr"] = lr
@@ -104,7 +105,8 @@ class Summary:
             writer.writeheader()
         writer.writerow(row)
         self._text += out.getvalue()
-        self.rows.append({k: float(v) if v else None for k, v in row.items()} if parse else row)
+        numbers = {k: float(v) if v else None for k, v in row.items()} if parse else dict(row)
+        self.rows.append(numbers)
 
 
 def _start_wandb(args: argparse.Namespace, experiment: str) -> Any:
@@ -156,7 +158,7 @@ def open_outputs(
     saver = Saver(
         task=parts.task,
         run_state=run_entries,
-        model=parts.task.get_trainable_module(),
+        model=trained_module(parts.task),
         optimizer=parts.optimizer,
         args=args,
         amp_scaler=parts.loss_scaler,
@@ -184,14 +186,20 @@ def save_recovery(
     args: argparse.Namespace,
     parts: Parts,
     state: RunState,
-    mine: dict[str, Any],
     outputs: Outputs | None,
+    losses: Losses,
+    mine: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint of the epoch in progress; every rank must call it.
 
     Args:
-        mine: what `_rank_state` returned where the run is to go on.
+        losses: of the epoch.
+        mine: what `rank_state` returned where the run is to go on, by default here.
+
+    Raises:
+        TrainingError: a weight is not a finite number, or the file cannot be written.
     """
+    mine = mine or rank_state(parts, state, losses)
     check_weights(parts.task, state)
     entry = None
     if parts.samplers[0] is not None:  # else the run goes on with the next epoch

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from timm.data.loader import MultiEpochsDataLoader
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from timm_rdp.training.batches import DataStream, random_state, set_random_state, update_sizes
 from timm_rdp.training.log import Losses
@@ -44,7 +44,7 @@ class ResumableSampler:
         is_continued: whether a pass over it may be continued where it was left.
     """
 
-    def __init__(self, sampler: BatchSampler, in_process: bool, is_continued: bool = True):
+    def __init__(self, sampler: Any, in_process: bool, is_continued: bool = True):
         self._sampler = sampler
         self.in_process = in_process
         self.is_continued = is_continued

@@ -27,7 +27,14 @@ from timm_rdp.training.checks import check_limits, check_tta
 from timm_rdp.training.data import Data, check_data, create_data
 from timm_rdp.training.inputs import example_input
 from timm_rdp.training.interrupt import StopSignals
-from timm_rdp.training.model import build_losses, build_model, build_task, setup_precision
+from timm_rdp.training.model import (
+    build_loss,
+    build_model,
+    build_task,
+    evaluated_module,
+    setup_precision,
+    trained_module,
+)
 from timm_rdp.training.resume import ResumableSampler, make_resumable
 
 _logger = logging.getLogger("timm_rdp.training")
@@ -83,7 +90,7 @@ def set_up(args: argparse.Namespace) -> Parts:
     data = create_data(args, data_config, model, device, dtype)
     check_tta(args, data)
     _set_learning_rate(args, data.batch_size_reference)
-    train_loss, _ = build_losses(args, device, data.mixup_active)
+    train_loss = build_loss(args, device, data.mixup_active)
     task = build_task(args, model, train_loss, device, dtype)
     rdp = _patch_model(args, task, data_config)
     optimizer = _create_optimizer(args, task)
@@ -93,7 +100,7 @@ def set_up(args: argparse.Namespace) -> Parts:
     if args.resume:
         checkpoint, resume_epoch = resume(args, task, optimizer, loss_scaler, rdp)
     if args.model_ema:
-        ema_device = "cpu" if args.model_ema_force_cpu else None
+        ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, ema_device)
         if args.resume:
             load_ema(args, task, checkpoint)
@@ -102,9 +109,10 @@ def set_up(args: argparse.Namespace) -> Parts:
     stream = None if args.data_seed is None else DataStream(args.data_seed, args.rank, device)
     samplers = (make_resumable(data.train), make_resumable(data.eval, is_continued=False))
     eval_metric = args.eval_metric if data.eval is not None else "loss"
+    schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=eval_metric == "loss")
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer,
-        **scheduler_kwargs(args, decreasing_metric=eval_metric == "loss"),
+        **schedule,
         updates_per_epoch=-(-len(data.train) // args.grad_accum_steps),
     )
     return Parts(
@@ -157,9 +165,9 @@ def _patch_model(
 ) -> ResidualDropPath | None:
     if not (args.rdp or args.skip_dropped):
         return None
-    example = example_input(args, data_config, task.get_eval_model())
+    example = example_input(args, data_config, evaluated_module(task))
     with refused_with(f"{'--rdp' if args.rdp else '--skip-dropped'} --model {args.model}"):
-        rdp = from_args(task.get_trainable_module(), args, example_input=example)
+        rdp = from_args(trained_module(task), args, example_input=example)
     if rdp is not None and utils.is_primary(args):
         expected = sum(path.drop_prob for path in rdp.paths)
         _logger.info(
@@ -173,7 +181,7 @@ def _patch_model(
 def _create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
     with refused_with(f"--opt {args.opt} cannot be created with these options"):
         optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs
+            trained_module(task), **optimizer_kwargs(cfg=args), **args.opt_kwargs
         )
     if utils.is_primary(args):
         defaults = copy.deepcopy(optimizer.defaults)
@@ -197,5 +205,5 @@ def _compile_and_distribute(
     if args.distributed:
         devices = None if device.type == "cpu" else [device]
         task.prepare_distributed(device_ids=devices, broadcast_buffers=not args.no_ddp_bb)
-    if rdp is not None and task.get_trainable_module() is not rdp.model:
-        rdp.follow(task.get_trainable_module())
+    if rdp is not None and trained_module(task) is not rdp.model:
+        rdp.follow(trained_module(task))

@@ -17,10 +17,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_rdp.errors import TrainingError, UsageError, report
 from timm_rdp.training.batches import load_batches
-from timm_rdp.training.data import Data, close_data
+from timm_rdp.training.data import close_data
 from timm_rdp.training.interrupt import Stopped
 from timm_rdp.training.log import Display, Losses
 from timm_rdp.training.loop import batch_trainer, check_weights, evaluate, train_one_epoch
+from timm_rdp.training.model import evaluated_module, trained_module
 from timm_rdp.training.options import args_text, parse_args
 from timm_rdp.training.outputs import (
     Outputs,
@@ -169,7 +170,7 @@ def _epochs(
         else:
             state.updates_done = state.batches_done = 0
         state.epoch, losses_so_far = epoch, []
-        _start_epoch(args, parts.data, epoch)
+        _start_epoch(args, parts, epoch)
         train_one_epoch(
             args,
             state,
@@ -188,8 +189,10 @@ def _epochs(
             save_recovery=partial(save_recovery, args, parts, state, outputs, losses),
             image_folder=outputs.folder if outputs is not None else None,
         )
+        if sync_lookahead := getattr(parts.optimizer, "sync_lookahead", None):
+            sync_lookahead()
         train_metrics, rdp_metrics = losses.summary()
-        _distribute_statistics(args, task.get_trainable_module())
+        _distribute_statistics(args, trained_module(task))
         latest = None
         if not (epoch + 1) % args.val_interval or epoch + 1 == parts.num_epochs:
             check_weights(task, state)
@@ -210,8 +213,10 @@ def _epochs(
     return results
 
 
-def _start_epoch(args: argparse.Namespace, data: Data, epoch: int) -> None:
-    loader = data.train
+def _start_epoch(args: argparse.Namespace, parts: Parts, epoch: int) -> None:
+    trained_module(parts.task).train()
+    parts.optimizer.zero_grad()
+    loader = parts.data.train
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
     if hasattr(loader.batch_sampler, "set_epoch"):
@@ -221,8 +226,8 @@ def _start_epoch(args: argparse.Namespace, data: Data, epoch: int) -> None:
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if args.prefetcher and getattr(loader, "mixup_enabled", False):
             loader.mixup_enabled = False
-        elif data.mixup_fn is not None:
-            data.mixup_fn.mixup_enabled = False
+        elif parts.data.mixup_fn is not None:
+            parts.data.mixup_fn.mixup_enabled = False
 
 
 def _distribute_statistics(args: argparse.Namespace, module: torch.nn.Module) -> None:
@@ -249,10 +254,10 @@ def _validate(
             display, parts.stop, suffix,
         )  # fmt: skip
 
-    metrics = validate(task.get_eval_model())
+    metrics = validate(evaluated_module(task))
     if task.has_ema() and not args.model_ema_force_cpu:
-        _distribute_statistics(args, task.get_trainable_module(ema=True))
-        metrics = validate(task.get_eval_model(ema=True), " (EMA)")
+        _distribute_statistics(args, trained_module(task, ema=True))
+        metrics = validate(evaluated_module(task, ema=True), " (EMA)")
     if not math.isfinite(metrics["loss"]):
         raise TrainingError(
             f"the validation loss is {metrics['loss']} after epoch {epoch}: training stops, and "
