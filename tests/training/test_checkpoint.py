@@ -53,8 +53,9 @@ def test_timms_checkpoints_resume_here(digits_folder, tmp_path):
     argv = flags(
         digits_folder, tmp_path, *VIT, *RDP, "--resume", tmp_path / "last.pth.tar", "--epochs", 6
     )
-    prepared = train.set_up(train.parse_args(argv))
-    assert prepared.first_epoch == 5
+    args = train.parse_args(argv)
+    prepared = train.set_up(args)
+    assert train.continue_run(args, prepared)[0].epoch == 5
     assert same_bits(prepared.rdp.model.state_dict(), model.state_dict())
     assert same_bits(prepared.optimizer.state_dict()["state"], optimizer.state_dict()["state"])
 
@@ -103,9 +104,10 @@ def test_resume_restores_the_optimizer_and_the_ema(digits_folder, tmp_path):
     assert not same_bits(state["state_dict_ema"], state["state_dict"])
 
     argv += ["--no-resume-opt", "--start-epoch", "0"]
-    prepared = train.set_up(train.parse_args(argv))
+    args = train.parse_args(argv)
+    prepared = train.set_up(args)
     assert prepared.optimizer.state_dict()["state"] == {}
-    assert prepared.first_epoch == 0
+    assert train.continue_run(args, prepared)[0].epoch == 0
 
 
 def test_differing_rdp_options_are_told_in_one_line(digits_folder, tmp_path, caplog):

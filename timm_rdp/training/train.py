@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             args = parse_args(argv)
             text, automatic = args_text(args), args.resume == "auto"
             parts = set_up(args)
-            state, losses_so_far = _continue(args, parts)
+            state, losses_so_far = continue_run(args, parts)
             # The run's folder comes last: what was refused until here has written nothing.
             outputs = None
             if utils.is_primary(args):
@@ -266,7 +266,7 @@ def _validate(
     return metrics
 
 
-def _continue(args: argparse.Namespace, parts: Parts) -> tuple[RunState, list[dict]]:
+def continue_run(args: argparse.Namespace, parts: Parts) -> tuple[RunState, list[dict]]:
     """Where the run begins: at the start, at an epoch, or exactly where a checkpoint was written.
 
     Random states, the loader's position and the schedule are set to it.
