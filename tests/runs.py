@@ -60,6 +60,7 @@ def watch_iterations(monkeypatch, before=None, after=None) -> list[tuple[str, bo
         if before:
             before(run)
         result = original(*args)
+        run.newest = result[1]
         seen.append((phase, first))
         if after:
             after(run)

@@ -89,7 +89,7 @@ def _split_root(root: str, split: str) -> str:
 def _reader(root: str, class_map: str, input_key: str | None) -> Any:
     """Scan a folder; once a process, because a large one on a network takes minutes."""
     if not os.path.exists(root):
-        raise UsageError(f"the data folder {root} does not exist")
+        raise UsageError(f"--data-dir {root} does not exist")
     with refused_with(f"the data {root} cannot be read"):
         try:
             return create_reader("", root=root, class_map=class_map, input_key=input_key)

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
-from timm.models import resolve_model_input_args
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from timm_rdp.errors import refused_with
@@ -15,7 +16,8 @@ def img_size_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Return what to tell `timm.create_model` so that the model takes images of the asked size.
 
     timm's script sizes only the images, so that a model of fixed input size (ViT, Swin, ...) fails
-    at its first batch.
+    at its first batch. Whether a model is of fixed size is asked of the model itself, on torch's
+    meta device.
 
     Args:
         args: the options; img_size, input_size, model and model_kwargs count.
@@ -26,14 +28,15 @@ def img_size_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     told = {"img_size", "dynamic_img_size", "strict_img_size"} & set(args.model_kwargs)
     if told or not (args.input_size or args.img_size):
         return {}
-    name = "input_size" if args.input_size else "img_size"
+    size = tuple(args.input_size[1:]) if args.input_size else (args.img_size, args.img_size)
     try:
-        resolved = resolve_model_input_args(args.model, {name: getattr(args, name)})
-    except Exception:  # creating the model will say what is wrong with its name
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            own = get_model_input_config(timm.create_model(args.model, **args.model_kwargs))
+    except Exception:  # creating the model for good will say what is wrong with it
         return {}
-    size = resolved.get("img_size")
-    own = tuple(resolved["pretrained_cfg"]["input_size"][1:])
-    return {} if size in (None, own) else {"img_size": size}
+    if not own["fixed_input_size"] or size == tuple(own["input_size"][1:]):
+        return {}
+    return {"img_size": size}
 
 
 def example_input(

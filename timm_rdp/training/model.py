@@ -140,20 +140,21 @@ def _create(args: argparse.Namespace) -> nn.Module:
         # num_classes=-1 has timm fit the classifier to ours instead of loading the file's
         kwargs["pretrained_cfg_overlay"] = dict(file=args.pretrained_path, num_classes=-1)
     try:
-        return create_model(
-            args.model,
-            pretrained=args.pretrained,
-            in_chans=in_chans,
-            num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-            scriptable=args.torchscript,
-            **kwargs,
-        )
+        with refused_with(f"--model {args.model} --model-kwargs"):  # a keyword given twice
+            return create_model(
+                args.model,
+                pretrained=args.pretrained,
+                in_chans=in_chans,
+                num_classes=args.num_classes,
+                drop_rate=args.drop,
+                drop_path_rate=args.drop_path,
+                drop_block_rate=args.drop_block,
+                global_pool=args.gp,
+                bn_momentum=args.bn_momentum,
+                bn_eps=args.bn_eps,
+                scriptable=args.torchscript,
+                **kwargs,
+            )
     except UsageError as error:
         if not args.pretrained_path:
             raise
@@ -176,7 +177,7 @@ def _init_head(model: Any, args: argparse.Namespace) -> None:
 
 
 def build_loss(args: argparse.Namespace, device: torch.device, mixup_active: bool) -> nn.Module:
-    """The training loss; validation takes that of the task\'s evaluator."""
+    """The training loss; validation takes that of the task's evaluator."""
     bce = partial(
         losses.BinaryCrossEntropy,
         target_threshold=args.bce_target_thresh,
