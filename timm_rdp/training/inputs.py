@@ -91,6 +91,8 @@ def check_model_takes(args: argparse.Namespace, data_config: Mapping, model: nn.
     elif args.input_size or args.img_size:
         given = f"--input-size {' '.join(map(str, args.input_size or ()))}"
         given = given if args.input_size else f"--img-size {args.img_size}"
+        own = getattr(model, "pretrained_cfg", {}).get("input_size")
+        given += f" (the model's own: {own[1]} x {own[2]})" if own else ""
         tried[given] = torch.zeros(2, channels, *size)
     for side in args.train_img_sizes or ():
         tried[f"--train-img-sizes {side}"] = torch.zeros(2, channels, side, side)
