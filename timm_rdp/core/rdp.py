@@ -87,6 +87,16 @@ class ResidualDropPath:
         if model is not self.model:
             self.follow(model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy controls the copied model, in no wrapper and attached to no optimizer.
+        own = {"_active": None, "_optimizer": None, "_hooks": [], "_outermost": self.model}
+        return {**vars(self), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self._detached:
+            self._patch.own(self)
+
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
         """Take account of a wrapper put around the model after it was patched; returns self.
 

@@ -65,11 +65,6 @@ def zeros_for_batch(x: Tensor, batch: int, memory_format: torch.memory_format) -
     return zeros.zero_()
 
 
-def keep_in_eval(module: nn.Module, _: tuple) -> None:
-    """Forward pre-hook of a BatchNorm that is to keep its statistics, whatever calls train()."""
-    module.training = False
-
-
 def pass_on_kept_samples(
     drop_path: SkippingDropPath, call: int, module: nn.Module, args: tuple
 ) -> tuple | None:

@@ -1,15 +1,17 @@
 """Which paths need not be run when they are dropped: found by trying it out."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import SkippingDropPath, pass_on_one_sample, zeros_for_batch
+from timm_rdp.core.skip import pass_on_one_sample, zeros_for_batch
 
 # Trial forwards for one model, at the most: a model whose paths fail one by one is left alone.
 _MAX_TRIALS = 32
@@ -20,32 +22,11 @@ class _Candidate:
     """A path that may be one that can be skipped."""
 
     name: str
-    drop_path: "_TrialDropPath"
+    drop_path: Any  # a DropPath, with `_batch` during a trial
     call: int
     shape: tuple[int, ...]  # of what its DropPath is handed
     entrances: tuple[str, ...]
     kind: tuple  # equal for paths in blocks of one make
-
-
-class _TrialDropPath(SkippingDropPath):
-    """Returns the zeros of a dropped path if it is handed one sample of the batch."""
-
-    _call: int
-    _dropped: dict[int, tuple[_Candidate, list[_Candidate]]]  # by call; and the paths under way
-
-    def forward(self, x: Tensor) -> Tensor:
-        call = self._call
-        self._call += 1
-        if call not in self._dropped:
-            return x
-        candidate, under_way = self._dropped[call]
-        batch, memory_format = self._batch.get(call, (0, torch.contiguous_format))
-        if candidate in under_way:
-            under_way.remove(candidate)
-        if x.shape[0] != 1 or (batch, *x.shape[1:]) != candidate.shape:
-            under_way.append(candidate)
-            raise ValueError(f"{candidate.name} was not handed one sample")
-        return zeros_for_batch(x, batch, memory_format)
 
 
 def find_skippable(
@@ -61,7 +42,7 @@ def find_skippable(
 
     Args:
         graph: the model's paths.
-        model: a copy of the model that may be changed, in train mode.
+        model: the model, in train mode and on stand-ins.
         run: runs it on an example of at least two samples.
         calls: per path its DropPath in `model`, and the shape that it is handed.
     """
@@ -91,14 +72,11 @@ def _candidates(
 ) -> list[_Candidate]:
     kinds = {}
     for module in model.modules():
-        if isinstance(module, DropPath):
-            module.__class__ = _TrialDropPath
         for attribute, child in module.named_children():
             if isinstance(child, DropPath):
                 kinds[child] = (attribute, *((n, type(m)) for n, m in module.named_modules()))
     candidates = []
     for path, (module, shape) in zip(graph.paths, calls, strict=True):
-        assert isinstance(module, _TrialDropPath)
         entrances = graph.entrances(path.name)
         if path.residual and shape[0] > 1 and entrances:
             kind = (path.call, *kinds[module])
@@ -111,25 +89,42 @@ def _try(
 ) -> tuple[bool, _Candidate | None]:
     """Whether one of the paths cannot be dropped so, and which, as far as that shows."""
     modules = dict(model.named_modules())
+    dropped: dict[tuple, _Candidate] = {(c.drop_path, c.call): c for c in group}
     under_way: list[_Candidate] = []
+    calls: Counter[nn.Module] = Counter()
+
+    def begin(candidate: _Candidate, *_: object) -> None:
+        if candidate not in under_way:
+            under_way.append(candidate)
+
+    def end(module: nn.Module, args: tuple[Tensor], _: Tensor) -> Tensor | None:
+        """Have a DropPath return the zeros of a dropped path if it is handed one sample."""
+        call, (x,) = calls[module], args
+        calls[module] += 1
+        candidate = dropped.get((module, call))
+        if candidate is None:
+            return None
+        batch, memory_format = candidate.drop_path._batch.get(call, (0, torch.contiguous_format))
+        if candidate in under_way:
+            under_way.remove(candidate)
+        if x.shape[0] != 1 or (batch, *x.shape[1:]) != candidate.shape:
+            under_way.append(candidate)
+            raise ValueError(f"{candidate.name} was not handed one sample")
+        return zeros_for_batch(x, batch, memory_format)
+
     hooks = []
-    buffered = [modules[n] for n in graph.dropped_buffers(c.name for c in group)]
-    in_train = [m for m in buffered if m.training]
+    for candidate in group:
+        drop_path = candidate.drop_path
+        vars(drop_path)["_batch"] = {}
+        skip = partial(pass_on_one_sample, drop_path, candidate.call)
+        for name in candidate.entrances:
+            for hook in (partial(begin, candidate), skip):
+                hooks.append(modules[name].register_forward_pre_hook(hook))
+    hooks += [m.register_forward_hook(end, prepend=True) for m in {c.drop_path for c in group}]
+    resting = [modules[n] for n in graph.dropped_buffers(c.name for c in group)]
+    in_train = [m for m in resting if m.training]
     for module in in_train:
         module.training = False
-    for module in modules.values():
-        if isinstance(module, _TrialDropPath):
-            module._call, module._batch, module._dropped = 0, {}, {}
-    for candidate in group:
-        candidate.drop_path._dropped[candidate.call] = (candidate, under_way)
-
-        def begin(*_: object, candidate: _Candidate = candidate) -> None:
-            if candidate not in under_way:
-                under_way.append(candidate)
-
-        skip = partial(pass_on_one_sample, candidate.drop_path, candidate.call)
-        for name in candidate.entrances:
-            hooks += [modules[name].register_forward_pre_hook(h) for h in (begin, skip)]
     try:
         run()
         return False, None
