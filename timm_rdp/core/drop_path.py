@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from torch import Tensor
+from torch import Tensor, nn
 
-from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
+from timm_rdp.core.skip import in_memory_order, memory_format_of
 
 # What one call of a DropPath is told to do within an iteration: None leaves it timm's own
 # per-sample behaviour, 0.0 drops the path for the whole batch, any other number keeps it and
@@ -16,7 +16,7 @@ from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
 Decision = float | None
 
 
-class MaskedDropPath(SkippingDropPath):
+class MaskedDropPath(DropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
     _decisions: tuple[Decision, ...] | None = None
@@ -26,6 +26,11 @@ class MaskedDropPath(SkippingDropPath):
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
     _record: Sequence[Any] = ()  # per call, see _as_mask
     _owner: Callable[[], object] | None = None  # weak reference to the controller
+    # What the entrances of its paths passed on, by call. Of a dropped one, the batch size and the
+    # memory format of the zeros that it returns; of others the mask (B,), the indices of the kept
+    # samples (None: all), and the entrances that have passed them on.
+    _batch: dict[int, tuple[int, torch.memory_format]]
+    _kept: dict[int, tuple[Tensor, Tensor | None, set[nn.Module]]]
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -45,11 +50,14 @@ class MaskedDropPath(SkippingDropPath):
         decision = None if self._decisions is None else self._decisions[call]
         if decision is not None:
             entry = (decision != 0.0, x.device)
-            x = self._obey(x, decision, call)
+            if decision == 0.0:
+                x = self._zeros(x, call)
+            elif decision != 1.0:
+                x = x / decision
         elif call in self._kept:
             entry, index, _ = self._kept.pop(call)
             scaled = self.scale_by_keep and self.drop_prob < 1.0
-            x = scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
+            x = _scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
         else:
             x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
         if first_forward:
@@ -90,13 +98,45 @@ class MaskedDropPath(SkippingDropPath):
         self._recompute = (backward, seen + 1)
         return seen % self._calls, False
 
-    def _obey(self, x: Tensor, decision: float, call: int) -> Tensor:
-        if decision != 0.0:
-            return x if decision == 1.0 else x / decision
-        # Full-size, because many blocks add the shortcut to it in place.
-        if call in self._batch:
-            return zeros_for_batch(x, *self._batch[call])
-        return torch.zeros_like(x)
+    def _zeros(self, x: Tensor, call: int) -> Tensor:
+        """What a dropped path contributes; full-size, because many blocks add to it in place."""
+        if call not in self._batch:
+            return torch.zeros_like(x)
+        batch, layout = self._batch[call]
+        layout = layout if x.ndim == 4 else torch.contiguous_format
+        shape = (batch, *x.shape[1:])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+
+    def pass_on_one_sample(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook at the entrance of a dropped path, which is this call."""
+        if not self.training or not args:
+            return None
+        x = args[0]
+        # The zeros join the shortcut, so they are laid out like what enters the path.
+        self._batch[call] = (len(x), memory_format_of(x))
+        return (x[:1].detach(), *args[1:])
+
+    def pass_on_kept_samples(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook at the entrance of a path: samples timm's mask, passes on the kept."""
+        if not self.training or self.drop_prob == 0.0 or not args:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        x = args[0]
+        sampled = self._kept.get(call)
+        if sampled is None or module in sampled[2]:  # the first entrance of this forward
+            mask = x.new_empty(x.shape[0]).bernoulli_(1 - self.drop_prob)
+            index = mask.nonzero().squeeze(1)
+            if not len(index):
+                index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
+            elif len(index) == len(mask):
+                index = None
+            sampled = self._kept[call] = (mask, index, set())
+        _, index, passed = sampled
+        passed.add(module)
+        if index is None:
+            return None
+        return (in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
 
     def _note(self, call: int, entry: Any) -> None:
         self._record = [entry] if call == 0 else [*self._record, entry]
@@ -127,7 +167,7 @@ class MaskedDropPath(SkippingDropPath):
         return {**state, "_calls": self._calls, "_batch": {}, "_kept": {}}
 
 
-_ADDED = {*SkippingDropPath.__annotations__, *MaskedDropPath.__annotations__}
+_ADDED = set(MaskedDropPath.__annotations__)
 
 
 @torch.compiler.disable()
@@ -147,6 +187,24 @@ def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tenso
     if keep_prob > 0.0 and scale_by_keep:
         mask.div_(keep_prob)
     return x * mask, mask
+
+
+def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -> Tensor:
+    """A path's output y (K, ...) of K kept samples, scaled, among zeros for the others.
+
+    Args:
+        y: shape (K, ...).
+        mask: shape (B,), nonzero where a sample is kept.
+        index: shape (K,), the kept samples; None where all are.
+        scale: what timm multiplies the kept ones by.
+    """
+    kept = mask if index is None else mask.index_select(0, index)
+    y = y * kept.to(y.dtype).mul(scale).view(-1, *(1,) * (y.ndim - 1))
+    if index is None:
+        return y
+    return in_memory_order(
+        y, lambda y: y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, index, y)
+    )
 
 
 def _as_mask(entry: Any) -> Tensor:

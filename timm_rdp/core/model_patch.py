@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
-from timm_rdp.core.drop_path import Decision, patch, unpatch
+from timm_rdp.core.drop_path import Decision, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import Hook, SkippingDropPath, pass_on_one_sample
+from timm_rdp.core.skip import Hook
 
 
 class ModelPatch:
@@ -180,8 +180,8 @@ class ModelPatch:
         """Hand one sample to what is dropped, where that can be done."""
         for name in dropped:
             path = self._paths[name]
-            assert isinstance(path.module, SkippingDropPath)
-            hook = partial(pass_on_one_sample, path.module, path.call)
+            assert isinstance(path.module, MaskedDropPath)
+            hook = partial(path.module.pass_on_one_sample, path.call)
             for entrance in path.entrances:
                 self._hook_forward(self._modules[entrance], hook)
 

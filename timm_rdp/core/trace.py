@@ -1,6 +1,8 @@
 """One forward of a model without arithmetic, from whose autograd graph its paths are read."""
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,8 +44,8 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
         for candidate in inputs:
             try:
                 return _trace(model, candidate, fake)
-            except _HiddenGraphError as e:
-                raise ValueError(str(e)) from None
+            except _HiddenGraphError:
+                raise
             except Exception as e:  # whatever a model may raise on an input that it cannot take
                 failures.append(f"{type(e).__name__}: {e}".splitlines()[0])
     given = "example_input" if example_input is not None else "an image of its default size"
@@ -53,21 +55,12 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
     )
 
 
-class _HiddenGraphError(Exception):
+class _HiddenGraphError(ValueError):
     pass
 
 
 @dataclass
-class _Call:
-    """A call of a DropPath: what it returned as a graph node, and the shape of that."""
-
-    drop_path: DropPath
-    node: Any
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Watched:
+class _Seen:
     """A module that owns something, and the graph nodes of its inputs and outputs.
 
     An input that is a parameter (of a parametrization) has no node, and is there as its id.
@@ -81,8 +74,16 @@ class _Watched:
 
 
 def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
-    originals = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     device = device_of(model)
+    dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
+    leaves: list[Tensor] = []
+
+    def run() -> Any:
+        to_leaf = partial(_to_leaf, device=device, dtype=dtype, leaves=leaves)
+        args, kwargs = _arguments(model, tree_map(to_leaf, example_input))
+        return model(*args, **kwargs)
+
     with (
         on_stand_ins(model, fake),
         torch.compiler.set_stance("force_eager"),
@@ -90,28 +91,18 @@ def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
         torch.enable_grad(),
     ):
         _prepare(model)
-        calls = _watch_drop_paths(model)
-        watched, hooks = _watch_owners(model)
-        floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-        dtype = next(floats, torch.float32)
-        leaves: list[Tensor] = []
-
-        def run() -> Any:
-            to_leaf = partial(_to_leaf, device=device, dtype=dtype, leaves=leaves)
-            args, kwargs = _arguments(model, tree_map(to_leaf, example_input))
-            return model(*args, **kwargs)
-
+        calls, owners, hooks = _watch(model)
         output = run()
         for hook in hooks:
             hook.remove()
-        graph = _condense(model, originals, output, calls, watched, leaves)
+        graph = _condense(model, parameters, output, calls, owners, leaves)
         del output  # the largest part of what a real forward holds
         if not graph.depends_on_input:
             raise _HiddenGraphError(
                 f"the output of {type(model).__name__} does not depend on a floating-point input: "
                 "pass an example_input that it is differentiable in"
             )
-        entrances = find_skippable(graph, model, run, [(c.drop_path, c.shape) for c in calls])
+        entrances = find_skippable(graph, model, run, [shape for _, _, shape in calls])
     graph.paths = tuple(replace(p, entrances=entrances.get(p.name, ())) for p in graph.paths)
     return graph
 
@@ -147,78 +138,63 @@ def _one_step(module: nn.RNNBase, forward: Callable[..., tuple], *args: Any, **k
     return output.repeat_interleave(sequence.shape[dim], dim), state
 
 
-def _watch_drop_paths(model: nn.Module) -> list[_Call]:
-    """The list to which the DropPaths add their calls; each returns a graph node of its own."""
-    calls: list[_Call] = []
+def _watch(model: nn.Module) -> tuple[list[tuple], list[_Seen], list]:
+    """What the coming forward writes to, and the hooks by which it does.
 
-    def note(module: nn.Module, _: tuple, output: Tensor) -> Tensor:
-        output = output * 1.0
-        assert isinstance(module, DropPath)
-        calls.append(_Call(module, output.grad_fn, tuple(output.shape)))
-        return output
-
-    for module in model.modules():
-        if isinstance(module, DropPath):
-            module.register_forward_hook(note, prepend=True)
-    return calls
-
-
-def _watch_owners(model: nn.Module) -> tuple[list[_Watched], list]:
-    """Note the graph nodes of the inputs and outputs of the modules that own something."""
-    owners, hooks = [], []
+    These are the DropPaths' calls, with the node and the shape of what each returned; and the
+    modules that own something.
+    """
+    calls, owners, hooks = [], [], []
     for name, module in model.named_modules():
-        buffered = bool([*module.buffers(recurse=False)])
-        if not buffered and not [*module.parameters(recurse=False)]:
-            continue
-        owner = _Watched(name, buffered)
+        seen = _Seen(name, buffered=bool([*module.buffers(recurse=False)]))
 
-        def before(_: nn.Module, args: tuple, kwargs: dict, owner: _Watched = owner) -> None:
-            owner.calls += 1
-            owner.inputs += [t.grad_fn or id(t) for t in _tensors((args, kwargs))]
+        def note(_: nn.Module, __: tuple, output: Tensor, name: str = name) -> Tensor:
+            output = output * 1.0  # a node of its own
+            calls.append((name, output.grad_fn, tuple(output.shape)))
+            return output
 
-        def after(_: nn.Module, __: tuple, output: Any, owner: _Watched = owner) -> None:
-            owner.outputs += [t.grad_fn for t in _tensors(output)]
+        def before(_: nn.Module, args: tuple, kwargs: dict, seen: _Seen = seen) -> None:
+            seen.calls += 1
+            seen.inputs += [t.grad_fn or id(t) for t in _tensors((args, kwargs))]
 
-        owners.append(owner)
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after, prepend=True))
-    return owners, hooks
+        def after(_: nn.Module, __: tuple, output: Any, seen: _Seen = seen) -> None:
+            seen.outputs += [t.grad_fn for t in _tensors(output)]
+
+        if isinstance(module, DropPath):
+            hooks.append(module.register_forward_hook(note, prepend=True))
+        elif seen.buffered or [*module.parameters(recurse=False)]:
+            owners.append(seen)
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after, prepend=True))
+    return calls, owners, hooks
 
 
 def _condense(
     model: nn.Module,
-    originals: dict[str, nn.Parameter],
+    parameters: dict[str, nn.Parameter],
     output: Any,
-    calls: list[_Call],
-    watched: list[_Watched],
+    calls: list[tuple],
+    seen: list[_Seen],
     leaves: list[Tensor],
 ) -> PathGraph:
-    # The bits of PathGraph: of a leaf by its tensor, of a module by the node of its output.
+    # What a bit stands for is known by its node in the graph, or by its id if it is a leaf. Of a
+    # parameter there may be two, as a closure may have kept the one that another stands in for.
+    stand_ins = [*model.named_parameters()]
+    known: list[list] = [[id(p), id(parameters[name])] for name, p in stand_ins]
+    known += [*(owner.outputs for owner in seen), *([id(leaf)] for leaf in leaves)]
     bits: dict[Any, int] = {}
-    bit = 1 << len(calls)
-    for name, parameter in model.named_parameters():
-        # A closure may have kept the parameter itself, for which none stands in.
-        bits[id(parameter)] = bits[id(originals[name])] = bit
-        bit <<= 1
-    for owner in watched:
-        for node in owner.outputs:
-            bits[node] = bits.get(node, 0) | bit
-        bit <<= 1
-    for leaf in leaves:
-        bits[id(leaf)] = bit
-        bit <<= 1
-    path_of = {call.node: i for i, call in enumerate(calls) if call.node is not None}
+    for bit, keys in enumerate(known, start=len(calls)):
+        for key in keys:
+            bits[key] = bits.get(key, 0) | 1 << bit
+    path_of = {node: i for i, (_, node, _) in enumerate(calls) if node is not None}
     roots = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
     reached, behind = _reach(roots, path_of, len(calls), bits)
     owners = []
-    for owner in watched:
-        behind_input = 0
-        for node in owner.inputs:
-            behind_input |= behind.get(node, bits.get(node, 0))
+    for owner in seen:
+        behind_inputs = [behind.get(node, bits.get(node, 0)) for node in owner.inputs]
+        behind_input = functools.reduce(operator.or_, behind_inputs, 0)
         owners.append(Owner(owner.name, owner.buffered, owner.calls, behind_input))
-    names = {module: name for name, module in model.named_modules()}
-    called = [names[call.drop_path] for call in calls]
-    return PathGraph(model, called, list(originals), owners, reached)
+    return PathGraph(model, [name for name, _, _ in calls], list(parameters), owners, reached)
 
 
 def _reach(
