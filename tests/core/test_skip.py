@@ -10,8 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.drop_path import MaskedDropPath
-from timm_rdp.core.skip import Hook
+from timm_rdp.core.drop_path import Hook, MaskedDropPath
 from timm_rdp.core.trace import trace_paths
 
 # Blocks of different makes; with `-m slow` all families.

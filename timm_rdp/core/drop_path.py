@@ -1,4 +1,9 @@
-"""timm's DropPath, patched so that it exposes its masks and obeys decisions made elsewhere."""
+"""timm's DropPath, patched so that it exposes its masks and obeys decisions made elsewhere.
+
+A dropped path contributes zeros whatever it computes, so the modules at its entrance can be handed
+one sample instead of the batch: everything behind them costs next to nothing, and the DropPath
+returns full-size zeros. A path whose samples are dropped one by one is handed those that it keeps.
+"""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +13,27 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from timm_rdp.core.skip import in_memory_order, memory_format_of
-
 # What one call of a DropPath is told to do within an iteration: None leaves it timm's own
 # per-sample behaviour, 0.0 drops the path for the whole batch, any other number keeps it and
 # divides its output by that number.
 Decision = float | None
+
+
+class Hook:
+    """A forward hook that calls `function`, and does nothing in a copy of the model.
+
+    Args:
+        function: takes the hook's arguments; None for a hook that does nothing.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return (Hook, ())
 
 
 class MaskedDropPath(DropPath):
@@ -24,7 +44,7 @@ class MaskedDropPath(DropPath):
     _calls: int = 1  # calls per forward
     _call: int = 0  # calls since the forward began
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
-    _record: Sequence[Any] = ()  # per call, see _as_mask
+    _record: Sequence[Any] = ()  # per call a mask, or the shape, value and device of one
     _owner: Callable[[], object] | None = None  # weak reference to the controller
     # What the entrances of its paths passed on, by call. Of a dropped one, the batch size and the
     # memory format of the zeros that it returns; of others the mask (B,), the indices of the kept
@@ -38,7 +58,11 @@ class MaskedDropPath(DropPath):
 
         Shape () for a whole-batch decision, (B,) for timm's per-sample one.
         """
-        return tuple(_as_mask(entry) for entry in self._record)
+        # Kept as cheap as it came and made a bool tensor only when somebody looks.
+        return tuple(
+            e.flatten() != 0 if isinstance(e, Tensor) else torch.full(e[0], e[1], device=e[2])
+            for e in self._record
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop, scale or pass on x of shape (B, ...), as this call was told to."""
@@ -49,7 +73,7 @@ class MaskedDropPath(DropPath):
         call, first_forward = self._next_call()
         decision = None if self._decisions is None else self._decisions[call]
         if decision is not None:
-            entry = (decision != 0.0, x.device)
+            entry = ((), decision != 0.0, x.device)
             if decision == 0.0:
                 x = self._zeros(x, call)
             elif decision != 1.0:
@@ -113,7 +137,7 @@ class MaskedDropPath(DropPath):
             return None
         x = args[0]
         # The zeros join the shortcut, so they are laid out like what enters the path.
-        self._batch[call] = (len(x), memory_format_of(x))
+        self._batch[call] = (len(x), _memory_format_of(x))
         return (x[:1].detach(), *args[1:])
 
     def pass_on_kept_samples(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
@@ -136,15 +160,13 @@ class MaskedDropPath(DropPath):
         passed.add(module)
         if index is None:
             return None
-        return (in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
+        return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
 
     def _note(self, call: int, entry: Any) -> None:
         self._record = [entry] if call == 0 else [*self._record, entry]
 
     def decide(
-        self,
-        decisions: Sequence[Decision] | None,
-        weights: Sequence[Tensor | None] | None = None,
+        self, decisions: Sequence[Decision] | None, weights: Sequence[Tensor | None] | None = None
     ) -> None:
         """Set what each call of the coming forwards does; None is timm's behaviour for all.
 
@@ -159,7 +181,7 @@ class MaskedDropPath(DropPath):
         )
         if decisions is not None and weights is not None:
             told = zip(decisions, weights, strict=True)
-            self._record = [(d != 0.0, w.device) for d, w in told if w is not None]
+            self._record = [((), d != 0.0, w.device) for d, w in told if w is not None]
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
@@ -181,7 +203,7 @@ def _refuse_unknown_compile() -> None:
 def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, Any]:
     """timm's stochastic depth with the same use of the random state, and what it sampled."""
     if drop_prob == 0.0:
-        return x, (x.shape[0], x.device)
+        return x, (x.shape[:1], True, x.device)
     keep_prob = 1 - drop_prob
     mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
     if keep_prob > 0.0 and scale_by_keep:
@@ -202,19 +224,9 @@ def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -
     y = y * kept.to(y.dtype).mul(scale).view(-1, *(1,) * (y.ndim - 1))
     if index is None:
         return y
-    return in_memory_order(
+    return _in_memory_order(
         y, lambda y: y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, index, y)
     )
-
-
-def _as_mask(entry: Any) -> Tensor:
-    # Kept as cheap as it came and made a bool tensor only when somebody looks.
-    if isinstance(entry, Tensor):
-        return entry.flatten() != 0
-    value, device = entry
-    if isinstance(value, bool):
-        return torch.tensor(value, device=device)
-    return torch.ones(value, dtype=torch.bool, device=device)
 
 
 def patch(
@@ -238,3 +250,18 @@ def unpatch(modules: Mapping[str, MaskedDropPath]) -> None:
         setattr(module, "__class__", DropPath)  # noqa: B010
         for name in _ADDED:
             vars(module).pop(name, None)
+
+
+def _memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last where x is (B, C, H, W) with its channels innermost, and not contiguous too."""
+    channels_last = torch.channels_last
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def _in_memory_order(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), where function works along the batch and would lose a channels-last layout."""
+    if _memory_format_of(x) == torch.channels_last:
+        return function(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return function(x)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
-from timm_rdp.core.drop_path import Decision, MaskedDropPath, patch, unpatch
+from timm_rdp.core.drop_path import Decision, Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import Hook
 
 
 class ModelPatch:

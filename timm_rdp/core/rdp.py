@@ -10,19 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_rdp.core.checks import (
-    check_droppable,
-    check_state,
-    find_drop_paths,
-    unwrap,
-    whole_number,
-)
+from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
+from timm_rdp.core.drop_path import Hook
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.paths import Path
-from timm_rdp.core.skip import Hook
 from timm_rdp.core.trace import trace_paths
 
 __all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
@@ -162,7 +156,7 @@ class ResidualDropPath:
             for name, parameter in self._parameters.items()
             if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
         )
-        return Iteration(self._enter, self._leave, self._phase, self._cycle, dropped, trainable)
+        return Iteration(self._phase, self._cycle, dropped, trainable, self)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.

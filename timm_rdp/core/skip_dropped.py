@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from timm_rdp.core.checks import find_drop_paths, why_none_is_called
-from timm_rdp.core.drop_path import MaskedDropPath, patch, unpatch
+from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import Hook
 from timm_rdp.core.trace import trace_paths
 
 _logger = logging.getLogger(__name__)

@@ -27,10 +27,7 @@ class _Candidate:
 
 
 def find_skippable(
-    graph: PathGraph,
-    model: nn.Module,
-    run: Callable[[], object],
-    shapes: Sequence[tuple[int, ...]],
+    graph: PathGraph, model: nn.Module, run: Callable[[], object], shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, tuple[str, ...]]:
     """The residual paths that can be dropped without being run, and their entrances, by name.
 
