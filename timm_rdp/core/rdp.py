@@ -4,15 +4,16 @@ The method is that of Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core.attach import AttachedLoop
 from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
-from timm_rdp.core.drop_path import Hook
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
@@ -59,31 +60,39 @@ class ResidualDropPath:
         if self.every < 1:
             raise ValueError(f"every={every} must be 1 or more")
         self.model = unwrap(model)
-        drop_paths = find_drop_paths(self.model)
-        self._graph = trace_paths(self.model, example_input)
-        check_droppable(self.model, self._graph)
-        self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
-        self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
-
         self.masks: dict[str, bool] = {}
+        self._example_input = example_input
         self._cycle = 0
         self._phase = DROPPATH
         self._dropped: frozenset[str] = frozenset()
         self._active: Iteration | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: list[Any] = []  # those of attach()
+        self._loop: AttachedLoop | None = None
         self._outermost = self.model
-        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
-        self._detached = False
-        self._parameters = self._patch.parameters
-        if any(m._compiled_call_impl is not None for m in self.model.modules()):
-            self._patch.follow_compile()
+        self._detached = self._paused = False
+        self._patch_model()
         if model is not self.model:
             self.follow(model)
 
+    def _patch_model(self) -> None:
+        drop_paths = find_drop_paths(self.model)
+        self._graph = trace_paths(self.model, self._example_input)
+        check_droppable(self.model, self._graph)
+        self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
+        self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
+        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
+        if any(m._compiled_call_impl is not None for m in self.model.modules()):
+            self._patch.follow_compile()
+
+    def __repr__(self) -> str:
+        where = "detached" if self._detached else f"cycle {self._cycle}, {self._phase} iteration"
+        return (
+            f"<ResidualDropPath of {type(self.model).__name__}: {len(self.paths)} residual paths, "
+            f"seed {self.seed}, every {self.every}; {where}>"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy controls the copied model, in no wrapper and attached to no optimizer.
-        own = {"_active": None, "_optimizer": None, "_hooks": [], "_outermost": self.model}
+        own = {"_active": None, "_paused": False, "_loop": None, "_outermost": self.model}
         return {**vars(self), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,15 +100,27 @@ class ResidualDropPath:
         if not self._detached:
             self._patch.own(self)
 
+    @property
+    def phase(self) -> str:
+        """Phase of the current iteration, or else of the next: "droppath" or "complement"."""
+        return self._phase
+
+    @property
+    def current_cycle(self) -> int:
+        """Number of the current cycle, from 0."""
+        return self._cycle
+
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
-        """Take account of a wrapper put around the model after it was patched; returns self.
+        """Take account of what became of the model after it was patched; returns self.
 
         Args:
-            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model.
+            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model; or
+                the model itself, after parameters or modules of it were added or replaced.
 
         Raises:
             ValueError: it does not wrap the model that was patched, or ranks differ in what
-                determines the masks.
+                determines the masks; or what the constructor raises.
+            RuntimeError: called within an iteration.
         """
         self._check_in_use()
         if unwrap(wrapper) is not self.model:
@@ -107,6 +128,10 @@ class ResidualDropPath:
                 f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
                 "what torch.compile or DistributedDataParallel made of it"
             )
+        if self._patch.changed():
+            self._close("follow")
+            self._patch.remove()
+            self._patch_model()
         self._outermost = wrapper
         inside: Any = wrapper
         while inside is not self.model:
@@ -117,8 +142,8 @@ class ResidualDropPath:
             else:
                 self._patch.follow_compile()
                 inside = inside._orig_mod
-        if self._optimizer is not None:
-            self._hook_loop(self._optimizer)
+        if self._loop is not None:
+            self._hook_loop(self._loop)
         return self
 
     def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
@@ -138,7 +163,7 @@ class ResidualDropPath:
         self._check_in_use()
         it = self._next()
         while not it.trainable:  # all that this droppath iteration would train was frozen
-            if not any(p.requires_grad for p in self._parameters.values()):
+            if not any(p.requires_grad for p in self._patch.parameters.values()):
                 raise RuntimeError("no parameter of the model requires a gradient: unfreeze some")
             self._begin(it)
             self._advance(it)
@@ -153,7 +178,7 @@ class ResidualDropPath:
         carried = self.dropped_part(dropped)
         trainable = frozenset(
             name
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._patch.parameters.items()
             if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
         )
         return Iteration(self._phase, self._cycle, dropped, trainable, self)
@@ -181,15 +206,21 @@ class ResidualDropPath:
         """
         if self._detached:
             return self.model
+        self._close("detach")
+        if self._loop is not None:
+            self._loop.remove()
+        self._patch.remove()
+        self._detached, self._loop = True, None
+        return self.model
+
+    def _close(self, call: str) -> None:
+        """End an iteration of attach() without completing it, before a call that needs that."""
         if self._active is not None:
             if self._active._entered_by_user:
-                raise RuntimeError("detach() within an iteration: leave its `with` block first")
+                raise RuntimeError(f"{call}() within an iteration: leave its `with` block first")
             self._leave(completed=False)
-        for hook in self._hooks:
-            hook.remove()
-        self._patch.remove()
-        self._detached, self._hooks, self._optimizer = True, [], None
-        return self.model
+        if self._loop is not None:
+            self._loop.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, in plain Python values: loads with weights_only=True."""
@@ -210,11 +241,8 @@ class ResidualDropPath:
             ValueError: not such a state, or one of a model with other paths.
             RuntimeError: called within an iteration.
         """
-        if self._active is not None:
-            raise RuntimeError(
-                "load_state_dict() within an iteration: leave its `with` block first"
-            )
         check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
+        self._close("load_state_dict")
         self.seed, self.every = state["seed"], state["every"]
         self._cycle, self._phase = state["cycle"], state["phase"]
         self._dropped = frozenset(state["dropped"])
@@ -231,37 +259,39 @@ class ResidualDropPath:
             ValueError: already attached, or the optimizer holds none of the model's parameters.
         """
         self._check_in_use()
-        if self._optimizer is not None:
+        if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self._parameters.values()):
-            raise ValueError(
-                f"this {type(optimizer).__name__} holds no parameter of the patched "
-                f"{type(self.model).__name__}: pass the optimizer that trains it"
-            )
-        self._optimizer = optimizer
-        self._hook_loop(optimizer)
+        loop = AttachedLoop(self, optimizer, self._patch.parameters.values())
+        self._hook_loop(loop)
+        self._loop = loop
         return self
 
-    def _hook_loop(self, optimizer: torch.optim.Optimizer) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        # timm's Lookahead, whose step runs no hooks, steps the optimizer that it wraps.
-        optimizer = getattr(optimizer, "_base_optimizer", optimizer)
-        self._hooks = [
-            self._outermost.register_forward_pre_hook(Hook(self._begin_iteration), prepend=True),
-            optimizer.register_step_post_hook(self._end_iteration),
-        ]
+    def _hook_loop(self, loop: AttachedLoop) -> None:
+        entrances = [] if self._patch.compiled else self._graph.entrances(self._graph.paths[0].name)
+        modules = [self.model.get_submodule(name) for name in entrances]
+        loop.hook(self._outermost, modules, self._patch.drop_paths.values())
 
-    def _begin_iteration(self, module: nn.Module, _: Any) -> None:
-        if self._active is None and module.training and torch.is_grad_enabled():
-            self._enter(self.iteration())
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it the model is the unpatched one, whatever iteration is open.
 
-    def _end_iteration(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._active is not None and not self._active._entered_by_user:
-            # A fused optimizer under GradScaler skips an overflow within its step.
-            overflow = getattr(optimizer, "found_inf", None)
-            self._leave(completed=overflow is None or not overflow.item())
+        It is for forwards in train mode that no optimizer step follows, in an attached loop above
+        all, where each would begin an iteration.
+
+        Raises:
+            RuntimeError: an iteration is entered within it.
+        """
+        (it, self._active), paused = (self._active, None), self._paused
+        self._paused = True
+        if it is not None:
+            self._patch.turn_off()
+        try:
+            yield
+        finally:
+            self._paused = paused
+            if it is not None:
+                self._patch.turn_on(it)
+                self._active = it
 
     def _check_in_use(self) -> None:
         if self._detached:
@@ -269,28 +299,35 @@ class ResidualDropPath:
 
     def _enter(self, it: Iteration) -> None:
         self._check_in_use()
+        if self._paused:
+            raise RuntimeError(f"{it} was entered within pause(): leave that first")
         if self._active is not None:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
         if (it.cycle, it.phase) != (self._cycle, self._phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
+        if (name := self._patch.changed()) is not None:
+            raise RuntimeError(
+                f"{name} was added to the model or replaced after it was patched: call follow() "
+                "with the model, or patch it when it is complete"
+            )
         # What the user froze since the iteration was asked for does not train either.
-        it.trainable = frozenset(n for n in it.trainable if self._parameters[n].requires_grad)
-        self._begin(it)
-        not_run = it.dropped if it.phase == DROPPATH else frozenset()
-        decisions = {(p.module, p.call): it._decision(p) for p in self.paths}
+        parameters = self._patch.parameters
+        it.trainable = frozenset(n for n in it.trainable if parameters[n].requires_grad)
+        try:
+            self._patch.turn_on(it)
+        except BaseException:
+            self._patch.turn_off()
+            raise
         self._active = it
-        self._patch.turn_on(decisions, it.trainable, not_run)
+        self._begin(it)
 
-    def _leave(self, completed: bool) -> None:
+    def _leave(self, completed: bool, aside: bool = False) -> None:
         it, self._active = self._active, None
         assert it is not None
-        not_as_traced = self._patch.not_as_traced() if completed else None
-        self._patch.turn_off()
-        if not_as_traced:
-            raise RuntimeError(
-                f"{not_as_traced}, as it was when the model was traced: pass an example_input like "
-                "those that it is trained on"
-            )
+        fault = self._patch.fault() if completed else None
+        self._patch.turn_off(aside)
+        if fault:
+            raise RuntimeError(fault)
         if completed:
             self._advance(it)
 
@@ -302,7 +339,7 @@ class ResidualDropPath:
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
             carried = self.dropped_part(it.dropped)
-            if any(self._parameters[name].requires_grad for name in carried):
+            if any(self._patch.parameters[name].requires_grad for name in carried):
                 self._phase = COMPLEMENT
                 return
         self._cycle, self._phase = it.cycle + 1, DROPPATH
