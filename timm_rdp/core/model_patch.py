@@ -44,8 +44,9 @@ class ModelPatch:
         self._weights = torch.ones(0)  # the decisions, as compiled code reads them
         self._hooks: list[Any] = []
         self._trainable: frozenset[str] | None = None
-        # What the patch is for: of each module, the dicts of its modules and parameters.
-        self._dicts = [d for m in model.modules() for d in (m._modules, m._parameters)]
+        # What the patch is for: the dicts of modules and parameters of all modules that have some.
+        dicts = [(m._modules, m._parameters) for m in model.modules()]
+        self._dicts = [d for pair in dicts if any(pair) for d in pair]
         self._identities = self._ids()
         # What turn_off() sets back.
         self._frozen: dict[str, nn.Parameter] = {}
@@ -134,7 +135,7 @@ class ModelPatch:
             some = some[:: len(some) // 8 + 1]
             self._probes = {n: self.parameters[n].detach().clone() for n in some}
         if self._reducer is not None:
-            self._reducer.begin(it.trainable & self._graph.reached_parameters(dropped))
+            self._reducer.begin(it.trainable, self._graph.reached_parameters(dropped))
 
     def turn_off(self, aside: bool = False) -> None:
         """Set everything back, whatever happened since `turn_on`.

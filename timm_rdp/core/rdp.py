@@ -312,7 +312,7 @@ class ResidualDropPath:
             )
         # What the user froze since the iteration was asked for does not train either.
         parameters = self._patch.parameters
-        it.trainable = frozenset(n for n in it.trainable if parameters[n].requires_grad)
+        it.trainable -= {n for n in it.trainable if not parameters[n].requires_grad}
         try:
             self._patch.turn_on(it)
         except BaseException:
