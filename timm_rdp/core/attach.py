@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.model_patch import ModelPatch
 
 
 class AttachedLoop:
@@ -19,18 +20,18 @@ class AttachedLoop:
     Args:
         controller: the ResidualDropPath.
         optimizer: an optimizer, or one of Accelerate's, fastai's, SAM's or Lookahead's around it.
-        parameters: those of the model.
+        patch: what was changed in the model.
 
     Raises:
         ValueError: the optimizer cannot be followed, or holds none of the parameters.
     """
 
-    def __init__(self, controller: Any, optimizer: Any, parameters: Iterable[nn.Parameter]):
+    def __init__(self, controller: Any, optimizer: Any, patch: ModelPatch):
         self._controller = controller
         self._optimizer = _stepped(optimizer)
-        self._parameters = [*parameters]
-        self._hooks: list[Any] = []
+        self._parameters = [*patch.parameters.values()]
         self._drop_paths: list[MaskedDropPath] = []
+        self._hooks: list[Any] = []
         self._aside: Any = None  # the iteration that was set aside
         self._versions, self._moves = 0, 0  # of the parameters during an iteration
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -40,27 +41,22 @@ class AttachedLoop:
                 f"{type(controller.model).__name__}: pass the optimizer that trains it"
             )
 
-    def hook(
-        self,
-        outermost: nn.Module,
-        entrances: Iterable[nn.Module],
-        drop_paths: Iterable[MaskedDropPath],
-    ) -> None:
+    def hook(self, patch: ModelPatch, outermost: nn.Module, entrances: Iterable[nn.Module]) -> None:
         """Begin iterations where the model is called, or one of its parts by itself.
 
         Args:
+            patch: see above.
             outermost: the model with its wrappers.
             entrances: where its first path begins, which forward_features() does not go around.
-            drop_paths: those of the model.
         """
         self.remove()
-        self._drop_paths = [*drop_paths]
+        self._parameters = [*patch.parameters.values()]
+        self._drop_paths = [*patch.drop_paths.values()]
         for module in self._drop_paths:
             module._loop = self
         for module in (outermost, *entrances):
             hook = Hook(self._begin)
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
-        self._hooks.append(self._optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
@@ -116,20 +112,17 @@ class AttachedLoop:
                 f"{type(self._optimizer).__name__}: attach the optimizer that moves them"
             )
 
-    def _before_step(self, *_: object) -> None:
-        controller = self._controller
-        idle = controller._active is None and self._aside is None and not controller._paused
-        if idle and any(p.grad is not None for p in self._parameters):
-            raise RuntimeError(
-                "no iteration ran before this step: call the patched "
-                f"{type(controller.model).__name__} in train mode, or use pause()"
-            )
-
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         controller = self._controller
         if controller._active is None and self._aside is not None:
             controller._active, self._aside = self._aside, None
-        if controller._active is not None and not controller._active._entered_by_user:
+        if controller._active is None:
+            if not controller._paused and any(p.grad is not None for p in self._parameters):
+                raise RuntimeError(
+                    f"no iteration ran before this step: call the patched "
+                    f"{type(controller.model).__name__} in train mode, or use pause()"
+                )
+        elif not controller._active._entered_by_user:
             # A fused optimizer under GradScaler skips an overflow within its step.
             overflow = getattr(optimizer, "found_inf", None)
             controller._leave(completed=overflow is None or not overflow.item())

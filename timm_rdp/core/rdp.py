@@ -130,6 +130,8 @@ class ResidualDropPath:
             )
         if self._patch.changed():
             self._close("follow")
+            if self._loop is not None:
+                self._loop.remove()
             self._patch.remove()
             self._patch_model()
         self._outermost = wrapper
@@ -261,7 +263,7 @@ class ResidualDropPath:
         self._check_in_use()
         if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        loop = AttachedLoop(self, optimizer, self._patch.parameters.values())
+        loop = AttachedLoop(self, optimizer, self._patch)
         self._hook_loop(loop)
         self._loop = loop
         return self
@@ -269,7 +271,7 @@ class ResidualDropPath:
     def _hook_loop(self, loop: AttachedLoop) -> None:
         entrances = [] if self._patch.compiled else self._graph.entrances(self._graph.paths[0].name)
         modules = [self.model.get_submodule(name) for name in entrances]
-        loop.hook(self._outermost, modules, self._patch.drop_paths.values())
+        loop.hook(self._patch, self._outermost, modules)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
