@@ -582,7 +582,7 @@ def test_phase_cycle_and_repr_tell_where_the_sequence_stands():
         for it in rdp.cycle():
             assert (rdp.phase, rdp.current_cycle) == (it.phase, cycle)
             assert repr(rdp) == (
-                "<ResidualDropPath of VisionTransformer: 10 residual paths, seed 3, every 2; "
+                "<ResidualDropPath of 10 paths of VisionTransformer: "
                 f"cycle {cycle}, {it.phase} iteration>"
             )
             with it:

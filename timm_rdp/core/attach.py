@@ -1,6 +1,5 @@
 """The iterations of a user's own loop, begun and ended by hooks."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class AttachedLoop:
         self._parameters = [*patch.parameters.values()]
         self._drop_paths: list[MaskedDropPath] = []
         self._hooks: list[Any] = []
-        self._aside: Any = None  # the iteration that was set aside
+        self.aside: Any = None  # the iteration that was set aside
         self._versions, self._moves = 0, 0  # of the parameters during an iteration
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in self._parameters):
@@ -41,20 +40,14 @@ class AttachedLoop:
                 f"{type(controller.model).__name__}: pass the optimizer that trains it"
             )
 
-    def hook(self, patch: ModelPatch, outermost: nn.Module, entrances: Iterable[nn.Module]) -> None:
-        """Begin iterations where the model is called, or one of its parts by itself.
-
-        Args:
-            patch: see above.
-            outermost: the model with its wrappers.
-            entrances: where its first path begins, which forward_features() does not go around.
-        """
+    def hook(self, patch: ModelPatch, outermost: nn.Module) -> None:
+        """Begin iterations where the model, with its wrappers, is called, or its parts are."""
         self.remove()
         self._parameters = [*patch.parameters.values()]
         self._drop_paths = [*patch.drop_paths.values()]
         for module in self._drop_paths:
             module._loop = self
-        for module in (outermost, *entrances):
+        for module in (outermost, *patch.beginning()):
             hook = Hook(self._begin)
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
         self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
@@ -72,11 +65,7 @@ class AttachedLoop:
         it = self._controller._active
         if it is not None and not it._entered_by_user:
             self._controller._leave(completed=False, aside=True)
-            self._aside = it
-
-    def forget(self) -> None:
-        """Forget what was set aside; the controller goes on elsewhere."""
-        self._aside = None
+            self.aside = it
 
     def outside(self, module: nn.Module) -> None:
         """A DropPath runs in train mode, but no iteration has begun."""
@@ -97,7 +86,7 @@ class AttachedLoop:
         elif torch.is_grad_enabled():
             if controller._active is None:
                 controller._enter(controller.iteration())
-                self._aside, self._moves = None, 0
+                self.aside, self._moves = None, 0
                 self._versions = sum(p._version for p in self._parameters)
             elif not controller._active._entered_by_user:
                 self._check_that_steps_end_it()
@@ -114,10 +103,12 @@ class AttachedLoop:
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         controller = self._controller
-        if controller._active is None and self._aside is not None:
-            controller._active, self._aside = self._aside, None
+        if controller._paused:
+            return
+        if controller._active is None and self.aside is not None:
+            controller._active, self.aside = self.aside, None
         if controller._active is None:
-            if not controller._paused and any(p.grad is not None for p in self._parameters):
+            if any(p.grad is not None for p in self._parameters):
                 raise RuntimeError(
                     f"no iteration ran before this step: call the patched "
                     f"{type(controller.model).__name__} in train mode, or use pause()"

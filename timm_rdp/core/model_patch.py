@@ -57,6 +57,8 @@ class ModelPatch:
         self._called_otherwise: str | None = None
         self._in_train_mode: set[bool] = set()  # of the forwards that dropped something
         self._probes: dict[str, Tensor] | None = None  # {} once the optimizer was found to be fit
+        if any(m._compiled_call_impl is not None for m in model.modules()):
+            self.follow_compile()
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
@@ -108,6 +110,11 @@ class ModelPatch:
         then = {**self._modules, **self.parameters}
         now = dict([*self._model.named_modules(), *self._model.named_parameters()])
         return next((name for name in [*now, *then] if now.get(name) is not then.get(name)), None)
+
+    def beginning(self) -> list[nn.Module]:
+        """Where its first path begins, which forward_features() does not go around."""
+        names = [] if self.compiled else self._graph.entrances(self._graph.paths[0].name)
+        return [self._modules[name] for name in names]
 
     def turn_on(self, it: Iteration) -> None:
         """Set the model for an iteration."""

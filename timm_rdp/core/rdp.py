@@ -1,7 +1,4 @@
-"""ResidualDroppath: droppath and complement iterations over any model with timm DropPaths.
-
-The method is that of Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
-"""
+"""ResidualDroppath: droppath and complement iterations over any model with timm DropPaths."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,19 +48,21 @@ class ResidualDropPath:
         ValueError: the model has no residual path that can be dropped or none that carries a
             parameter, cannot be traced or is already patched; or an argument is out of its range.
 
-    Source: arXiv 2411.09475.
+    Source: Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
+
+    Attributes:
+        masks: {path name: kept?} of the current cycle; {} before the first.
+        phase, current_cycle: those of the iteration that is open, or else comes next.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0, every: int = 1, example_input: Any = None):
         self.seed = whole_number("seed", seed)
-        self.every = whole_number("every", every)
-        if self.every < 1:
-            raise ValueError(f"every={every} must be 1 or more")
+        self.every = whole_number("every", every, least=1)
         self.model = unwrap(model)
         self.masks: dict[str, bool] = {}
         self._example_input = example_input
-        self._cycle = 0
-        self._phase = DROPPATH
+        self.current_cycle = 0
+        self.phase = DROPPATH
         self._dropped: frozenset[str] = frozenset()
         self._active: Iteration | None = None
         self._loop: AttachedLoop | None = None
@@ -80,15 +79,10 @@ class ResidualDropPath:
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
         self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
-        if any(m._compiled_call_impl is not None for m in self.model.modules()):
-            self._patch.follow_compile()
 
     def __repr__(self) -> str:
-        where = "detached" if self._detached else f"cycle {self._cycle}, {self._phase} iteration"
-        return (
-            f"<ResidualDropPath of {type(self.model).__name__}: {len(self.paths)} residual paths, "
-            f"seed {self.seed}, every {self.every}; {where}>"
-        )
+        at = "detached" if self._detached else f"cycle {self.current_cycle}, {self.phase} iteration"
+        return f"<ResidualDropPath of {len(self.paths)} paths of {type(self.model).__name__}: {at}>"
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy controls the copied model, in no wrapper and attached to no optimizer.
@@ -99,16 +93,6 @@ class ResidualDropPath:
         vars(self).update(state)
         if not self._detached:
             self._patch.own(self)
-
-    @property
-    def phase(self) -> str:
-        """Phase of the current iteration, or else of the next: "droppath" or "complement"."""
-        return self._phase
-
-    @property
-    def current_cycle(self) -> int:
-        """Number of the current cycle, from 0."""
-        return self._cycle
 
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
         """Take account of what became of the model after it was patched; returns self.
@@ -126,14 +110,13 @@ class ResidualDropPath:
         if unwrap(wrapper) is not self.model:
             raise ValueError(
                 f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
-                "what torch.compile or DistributedDataParallel made of it"
+                "what torch.compile or DistributedDataParallel made of it, or the model itself"
             )
         if self._patch.changed():
             self._close("follow")
-            if self._loop is not None:
-                self._loop.remove()
-            self._patch.remove()
-            self._patch_model()
+            with self.pause():
+                self._patch.remove()
+                self._patch_model()
         self._outermost = wrapper
         inside: Any = wrapper
         while inside is not self.model:
@@ -145,7 +128,7 @@ class ResidualDropPath:
                 self._patch.follow_compile()
                 inside = inside._orig_mod
         if self._loop is not None:
-            self._hook_loop(self._loop)
+            self._loop.hook(self._patch, wrapper)
         return self
 
     def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
@@ -174,16 +157,16 @@ class ResidualDropPath:
 
     def _next(self) -> Iteration:
         dropped = self._dropped
-        if self._phase == DROPPATH:
-            kept = sample_masks(self.seed, self._cycle, [p.drop_prob for p in self.paths])
+        if self.phase == DROPPATH:
+            kept = sample_masks(self.seed, self.current_cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
         carried = self.dropped_part(dropped)
         trainable = frozenset(
             name
             for name, parameter in self._patch.parameters.items()
-            if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
+            if parameter.requires_grad and (name in carried) is (self.phase == COMPLEMENT)
         )
-        return Iteration(self._phase, self._cycle, dropped, trainable, self)
+        return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -191,11 +174,8 @@ class ResidualDropPath:
         Raises:
             RuntimeError: an iteration was not entered with `with`.
         """
-        cycle = self._cycle
-        while self._cycle == cycle:
-            it = self.iteration()
-            if it.cycle != cycle:
-                return
+        cycle = self.current_cycle
+        while self.current_cycle == cycle and (it := self.iteration()).cycle == cycle:
             yield it
             if not it._entered_by_user:
                 raise RuntimeError(f"{it} was not entered: run it within `with it:`")
@@ -222,15 +202,15 @@ class ResidualDropPath:
                 raise RuntimeError(f"{call}() within an iteration: leave its `with` block first")
             self._leave(completed=False)
         if self._loop is not None:
-            self._loop.forget()
+            self._loop.aside = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, in plain Python values: loads with weights_only=True."""
         return {
             "seed": self.seed,
             "every": self.every,
-            "cycle": self._cycle,
-            "phase": self._phase,
+            "cycle": self.current_cycle,
+            "phase": self.phase,
             "dropped": sorted(self._dropped),
             "masks": dict(self.masks),
             "paths": [p.name for p in self.paths],
@@ -246,7 +226,7 @@ class ResidualDropPath:
         check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
         self._close("load_state_dict")
         self.seed, self.every = state["seed"], state["every"]
-        self._cycle, self._phase = state["cycle"], state["phase"]
+        self.current_cycle, self.phase = state["cycle"], state["phase"]
         self._dropped = frozenset(state["dropped"])
         self.masks = dict(state["masks"])
 
@@ -263,15 +243,9 @@ class ResidualDropPath:
         self._check_in_use()
         if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        loop = AttachedLoop(self, optimizer, self._patch)
-        self._hook_loop(loop)
-        self._loop = loop
+        self._loop = AttachedLoop(self, optimizer, self._patch)
+        self._loop.hook(self._patch, self._outermost)
         return self
-
-    def _hook_loop(self, loop: AttachedLoop) -> None:
-        entrances = [] if self._patch.compiled else self._graph.entrances(self._graph.paths[0].name)
-        modules = [self.model.get_submodule(name) for name in entrances]
-        loop.hook(self._patch, self._outermost, modules)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -283,8 +257,8 @@ class ResidualDropPath:
         Raises:
             RuntimeError: an iteration is entered within it.
         """
-        (it, self._active), paused = (self._active, None), self._paused
-        self._paused = True
+        it, paused = self._active, self._paused
+        self._active, self._paused = None, True
         if it is not None:
             self._patch.turn_off()
         try:
@@ -305,7 +279,7 @@ class ResidualDropPath:
             raise RuntimeError(f"{it} was entered within pause(): leave that first")
         if self._active is not None:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
-        if (it.cycle, it.phase) != (self._cycle, self._phase):
+        if (it.cycle, it.phase) != (self.current_cycle, self.phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
         if (name := self._patch.changed()) is not None:
             raise RuntimeError(
@@ -313,8 +287,7 @@ class ResidualDropPath:
                 "with the model, or patch it when it is complete"
             )
         # What the user froze since the iteration was asked for does not train either.
-        parameters = self._patch.parameters
-        it.trainable -= {n for n in it.trainable if not parameters[n].requires_grad}
+        it.trainable -= {n for n, p in self._patch.parameters.items() if not p.requires_grad}
         try:
             self._patch.turn_on(it)
         except BaseException:
@@ -342,6 +315,6 @@ class ResidualDropPath:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
             carried = self.dropped_part(it.dropped)
             if any(self._patch.parameters[name].requires_grad for name in carried):
-                self._phase = COMPLEMENT
+                self.phase = COMPLEMENT
                 return
-        self._cycle, self._phase = it.cycle + 1, DROPPATH
+        self.current_cycle, self.phase = it.cycle + 1, DROPPATH
