@@ -14,7 +14,7 @@ from timm_rdp.core.paths import PathGraph
 
 
 def whole_number(argument: str, value: Any, least: int | None = None) -> int:
-    """The value of an argument, as an int; ValueError if it is no whole number, or below `least`."""
+    """The value of an argument, as an int; ValueError if it is none, or one below `least`."""
     if not hasattr(value, "__index__"):
         raise ValueError(f"{argument}={value!r} must be a whole number")
     if least is not None and value < least:
