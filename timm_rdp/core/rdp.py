@@ -38,7 +38,7 @@ class ResidualDropPath:
 
     Args:
         model: any module with timm DropPaths, also in DistributedDataParallel or torch.compile;
-            patched in place until `detach()`. Its parameters and modules must be final.
+            patched in place until `detach()`; see `follow()` where its parameters change later.
         seed: the masks are a pure function of seed and cycle.
         every: a complement iteration follows only every N-th droppath iteration.
         example_input: a tensor (B, C, H, W), or the tuple / dict that the model's forward takes; by
@@ -238,7 +238,7 @@ class ResidualDropPath:
         module that contains all of it where it should not be.
 
         Raises:
-            ValueError: already attached, or the optimizer holds none of the model's parameters.
+            ValueError: already attached, or the optimizer cannot be followed.
         """
         self._check_in_use()
         if self._loop is not None:
