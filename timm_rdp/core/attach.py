@@ -67,14 +67,13 @@ class AttachedLoop:
             self._controller._leave(completed=False, aside=True)
             self.aside = it
 
-    def outside(self, module: nn.Module) -> None:
-        """A DropPath runs in train mode, but no iteration has begun."""
+    def outside(self) -> None:
+        """Note that a DropPath runs in train mode, but no iteration has begun."""
         if self._controller._paused:
             return
         raise RuntimeError(
-            f"a {type(module).__name__} was run in training, but none of the modules that begin an "
-            "iteration: call the model itself, or write its iterations out (iteration()), or use "
-            "pause() where no step follows"
+            "a DropPath was run in training, but none of the modules that begin an iteration: call "
+            "the model itself, or write its iterations out, or use pause() where no step follows"
         )
 
     def _begin(self, module: nn.Module, _: Any) -> None:
@@ -121,21 +120,17 @@ class AttachedLoop:
 
 def _stepped(optimizer: Any) -> Optimizer:
     """The optimizer whose own step() it is in the end that moves the parameters."""
-    inside = optimizer
-    while True:
-        names = ("optimizer", "opt", "base_optimizer", "_base_optimizer")
-        deeper = [o for n in names if (o := getattr(inside, n, None)) is not None]
-        if not deeper:
-            break
-        inside = deeper[0]
-    if not hasattr(inside, "_optimizer_step_post_hooks"):
+    for name in ("optimizer", "opt", "base_optimizer", "_base_optimizer"):
+        if (inside := getattr(optimizer, name, None)) is not None:
+            return _stepped(inside)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise ValueError(
-            f"a {type(inside).__name__} is no optimizer of torch, whose steps could be followed: "
-            "pass the one inside it, or write the iterations out (iteration())"
+            f"a {type(optimizer).__name__} is no optimizer of torch, whose steps could be "
+            "followed: pass the one inside it, or write the iterations out (iteration())"
         )
-    if isinstance(inside, LBFGS):
+    if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS moves all parameters along one direction, frozen ones too: use an optimizer "
             "that leaves parameters without a gradient alone"
         )
-    return inside
+    return optimizer

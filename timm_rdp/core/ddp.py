@@ -67,13 +67,11 @@ class GradientReducer:
         """
         reduced: list[Tensor] = [p for p in self._order if self._names[p] in trainable & reached]
         self._others = [p for p in self._order if self._names[p] in trainable - reached]
-        self._buckets = []
-        if reduced:
-            # As in DistributedDataParallel, a small first bucket starts communication early.
-            limits = [1024 * 1024, self._ddp.bucket_bytes_cap]
-            assign = dist._compute_bucket_assignment_by_size  # pyright: ignore
-            buckets, _ = assign(reduced, limits)
-            self._buckets = [[reduced[i] for i in bucket] for bucket in buckets]
+        # As in DistributedDataParallel, a small first bucket starts communication early.
+        limits = [1024 * 1024, self._ddp.bucket_bytes_cap]
+        assign = dist._compute_bucket_assignment_by_size  # pyright: ignore
+        buckets = assign(reduced, limits)[0] if reduced else []
+        self._buckets = [[reduced[i] for i in bucket] for bucket in buckets]
         self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._armed = True
 

@@ -88,7 +88,7 @@ class MaskedDropPath(DropPath):
                 self._check_outside(first_forward)
             x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
         if first_forward:
-            self._note(call, entry)
+            self._record = [entry] if call == 0 else [*self._record, entry]
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class MaskedDropPath(DropPath):
         if self._weights is None and self._decisions is not None:
             _refuse_unknown_compile()
         x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
-        self._note(call, entry)
+        self._record = [entry] if call == 0 else [*self._record, entry]
         return x
 
     def _next_call(self) -> tuple[int, bool]:
@@ -129,7 +129,7 @@ class MaskedDropPath(DropPath):
         """Refuse a forward that belongs to an iteration, but is run outside it."""
         if first_forward:
             if self._loop is not None:
-                self._loop.outside(self)
+                self._loop.outside()
         elif self._record and not isinstance(self._record[0], Tensor) and self._record[0][0] == ():
             raise RuntimeError(
                 "gradient checkpointing recomputes a forward of an iteration that is over: call "
@@ -162,9 +162,7 @@ class MaskedDropPath(DropPath):
 
     def pass_on_kept_samples(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook at the entrance of a path: samples timm's mask, passes on the kept."""
-        if not self.training or self.drop_prob == 0.0 or not args:
-            return None
-        if torch.compiler.is_compiling():
+        if not self.training or self.drop_prob == 0.0 or not args or torch.compiler.is_compiling():
             return None
         x = args[0]
         sampled = self._kept.get(call)
@@ -176,14 +174,11 @@ class MaskedDropPath(DropPath):
             elif len(index) == len(mask):
                 index = None
             sampled = self._kept[call] = (mask, index, set())
-        _, index, passed = sampled
-        passed.add(module)
+        index = sampled[1]
+        sampled[2].add(module)
         if index is None:
             return None
         return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
-
-    def _note(self, call: int, entry: Any) -> None:
-        self._record = [entry] if call == 0 else [*self._record, entry]
 
     def decide(
         self, decisions: Sequence[Decision] | None, weights: Sequence[Tensor | None] | None = None
@@ -232,13 +227,9 @@ def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tenso
 
 
 def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -> Tensor:
-    """A path's output y (K, ...) of K kept samples, scaled, among zeros for the others.
+    """A path's output y (K, ...) times `scale`, among zeros for the samples that are not kept.
 
-    Args:
-        y: shape (K, ...).
-        mask: shape (B,), nonzero where a sample is kept.
-        index: shape (K,), the kept samples; None where all are.
-        scale: what timm multiplies the kept ones by.
+    These are 0 in `mask` (B,); `index` (K,) has the others, and is None where all are kept.
     """
     kept = mask if index is None else mask.index_select(0, index)
     y = y * kept.to(y.dtype).mul(scale).view(-1, *(1,) * (y.ndim - 1))

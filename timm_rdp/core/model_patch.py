@@ -123,10 +123,13 @@ class ModelPatch:
         self._decide(it)
         self._keep_buffers(dropped)
         if not self.compiled:
-            self._skip(dropped)
             self._called_otherwise = None
-            droppable = [(n, self._paths[n].module) for n in dropped]
-            self._hook_forward(self._model, partial(self._begin_forward, droppable))
+            paths = [self._paths[name] for name in dropped]
+            for path in paths:  # what is dropped is handed one sample, where that can be done
+                for entrance in path.entrances:
+                    hook = partial(_patched(path).pass_on_one_sample, path.call)
+                    self._hook_forward(self._modules[entrance], hook)
+            self._hook_forward(self._model, partial(self._begin_forward, paths))
             end = self._model.register_forward_hook(Hook(self._end_forward))
             self._iteration_hooks.append(end)
         self._trainable = it.trainable
@@ -222,10 +225,11 @@ class ModelPatch:
 
     def _decide(self, it: Iteration) -> None:
         """Tell each call of a DropPath what to do; timm's own behaviour where it is no residual."""
-        told: dict[Any, list[Decision]] = {m: [None] * m._calls for m in self.drop_paths.values()}
+        told: dict[MaskedDropPath, list[Decision]]
+        told = {m: [None] * m._calls for m in self.drop_paths.values()}
         for path in self._paths.values():
             if path.residual:
-                told[path.module][path.call] = _decision(it, path)
+                told[_patched(path)][path.call] = _decision(it, path)
         weights: list = [None] * len(told)
         if self.compiled:
             device = next(iter(self.parameters.values())).device
@@ -238,15 +242,6 @@ class ModelPatch:
             weights = [[None if d is None else next(views) for d in c] for c in told.values()]
         for (module, decisions), of_module in zip(told.items(), weights, strict=True):
             module.decide(decisions, of_module)
-
-    def _skip(self, dropped: frozenset[str]) -> None:
-        """Hand one sample to what is dropped, where that can be done."""
-        for name in dropped:
-            path = self._paths[name]
-            assert isinstance(path.module, MaskedDropPath)
-            for entrance in path.entrances:
-                hook = partial(path.module.pass_on_one_sample, path.call)
-                self._hook_forward(self._modules[entrance], hook)
 
     def _keep_buffers(self, dropped: frozenset[str]) -> None:
         """Leave the buffers of what is dropped (BatchNorm statistics) as they are."""
@@ -271,7 +266,7 @@ class ModelPatch:
             module.training = True
             self._resting.remove(module)
 
-    def _begin_forward(self, droppable: list[tuple[str, DropPath]], *_: object) -> None:
+    def _begin_forward(self, dropped: list[Path], *_: object) -> None:
         for module in self.drop_paths.values():
             vars(module)["_call"] = 0
         if self._reducer is None and DistributedDataParallel._active_ddp_module is not None:
@@ -279,9 +274,9 @@ class ModelPatch:
                 "the model is run by a DistributedDataParallel that this ResidualDropPath does not "
                 "know: call its follow() with it, or give it the wrapped model in the first place"
             )
-        if not torch.is_grad_enabled() or not droppable:
+        if not torch.is_grad_enabled() or not dropped:
             return
-        asleep = [name for name, module in droppable if not module.training]
+        asleep = [path.name for path in dropped if not path.module.training]
         if asleep and any(m.training for m in self.drop_paths.values()):
             raise RuntimeError(
                 f"{asleep[0]} is to be dropped, but is in eval mode, unlike others: call its "
@@ -294,6 +289,11 @@ class ModelPatch:
             if module._call not in (0, module._calls):
                 self._called_otherwise = name
                 return
+
+
+def _patched(path: Path) -> MaskedDropPath:
+    assert isinstance(path.module, MaskedDropPath)
+    return path.module
 
 
 def _decision(it: Iteration, path: Path) -> float:

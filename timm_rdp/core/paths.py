@@ -40,14 +40,14 @@ class Path:
         return float(self.module.drop_prob)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Owner:
     """A module that owns parameters or buffers, as the traced forward called it."""
 
     name: str
     buffered: bool
-    calls: int
-    behind_input: int  # bits, see PathGraph
+    calls: int = 0
+    behind_input: int = 0  # bits, see PathGraph
 
 
 class PathGraph:

@@ -1,10 +1,8 @@
 """One forward of a model without arithmetic, from whose autograd graph its paths are read."""
 
-import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,20 +57,6 @@ class _HiddenGraphError(ValueError):
     pass
 
 
-@dataclass
-class _Seen:
-    """A module that owns something, and the graph nodes of its inputs and outputs.
-
-    An input that is a parameter (of a parametrization) has no node, and is there as its id.
-    """
-
-    name: str
-    buffered: bool
-    calls: int = 0
-    inputs: list = field(default_factory=list)
-    outputs: list = field(default_factory=list)
-
-
 def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
     parameters = dict(model.named_parameters())
     device = device_of(model)
@@ -91,11 +75,11 @@ def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
         torch.enable_grad(),
     ):
         _prepare(model)
-        calls, owners, hooks = _watch(model)
+        calls, nodes, hooks = _watch(model)
         output = run()
         for hook in hooks:
             hook.remove()
-        graph = _condense(model, parameters, output, calls, owners, leaves)
+        graph = _condense(model, parameters, output, calls, nodes, leaves)
         del output  # the largest part of what a real forward holds
         if not graph.depends_on_input:
             raise _HiddenGraphError(
@@ -138,35 +122,38 @@ def _one_step(module: nn.RNNBase, forward: Callable[..., tuple], *args: Any, **k
     return output.repeat_interleave(sequence.shape[dim], dim), state
 
 
-def _watch(model: nn.Module) -> tuple[list[tuple], list[_Seen], list]:
+def _watch(model: nn.Module) -> tuple[list[tuple], dict[Owner, tuple[list, list]], list]:
     """What the coming forward writes to, and the hooks by which it does.
 
     These are the DropPaths' calls, with the node and the shape of what each returned; and the
-    modules that own something.
+    modules that own something, with the nodes of their inputs and of their outputs. An input that
+    is a parameter (of a parametrization) has no node, and is there as its id.
     """
-    calls, owners, hooks = [], [], []
+    calls: list[tuple] = []
+    nodes: dict[Owner, tuple[list, list]] = {}
+    hooks = []
     for name, module in model.named_modules():
-        seen = _Seen(name, buffered=bool([*module.buffers(recurse=False)]))
+        owner = Owner(name, buffered=bool([*module.buffers(recurse=False)]))
 
         def note(_: nn.Module, __: tuple, output: Tensor, name: str = name) -> Tensor:
             output = output * 1.0  # a node of its own
             calls.append((name, output.grad_fn, tuple(output.shape)))
             return output
 
-        def before(_: nn.Module, args: tuple, kwargs: dict, seen: _Seen = seen) -> None:
-            seen.calls += 1
-            seen.inputs += [t.grad_fn or id(t) for t in _tensors((args, kwargs))]
+        def before(_: nn.Module, args: tuple, kwargs: dict, owner: Owner = owner) -> None:
+            owner.calls += 1
+            nodes[owner][0].extend(t.grad_fn or id(t) for t in _tensors((args, kwargs)))
 
-        def after(_: nn.Module, __: tuple, output: Any, seen: _Seen = seen) -> None:
-            seen.outputs += [t.grad_fn for t in _tensors(output)]
+        def after(_: nn.Module, __: tuple, output: Any, owner: Owner = owner) -> None:
+            nodes[owner][1].extend(t.grad_fn for t in _tensors(output))
 
         if isinstance(module, DropPath):
             hooks.append(module.register_forward_hook(note, prepend=True))
-        elif seen.buffered or [*module.parameters(recurse=False)]:
-            owners.append(seen)
+        elif owner.buffered or [*module.parameters(recurse=False)]:
+            nodes[owner] = [], []
             hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
             hooks.append(module.register_forward_hook(after, prepend=True))
-    return calls, owners, hooks
+    return calls, nodes, hooks
 
 
 def _condense(
@@ -174,14 +161,13 @@ def _condense(
     parameters: dict[str, nn.Parameter],
     output: Any,
     calls: list[tuple],
-    seen: list[_Seen],
+    nodes: dict[Owner, tuple[list, list]],
     leaves: list[Tensor],
 ) -> PathGraph:
     # What a bit stands for is known by its node in the graph, or by its id if it is a leaf. Of a
     # parameter there may be two, as a closure may have kept the one that another stands in for.
-    stand_ins = [*model.named_parameters()]
-    known: list[list] = [[id(p), id(parameters[name])] for name, p in stand_ins]
-    known += [*(owner.outputs for owner in seen), *([id(leaf)] for leaf in leaves)]
+    known: list[list] = [[id(p), id(parameters[name])] for name, p in model.named_parameters()]
+    known += [*(outputs for _, outputs in nodes.values()), *([id(leaf)] for leaf in leaves)]
     bits: dict[Any, int] = {}
     for bit, keys in enumerate(known, start=len(calls)):
         for key in keys:
@@ -189,12 +175,10 @@ def _condense(
     path_of = {node: i for i, (_, node, _) in enumerate(calls) if node is not None}
     roots = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
     reached, behind = _reach(roots, path_of, len(calls), bits)
-    owners = []
-    for owner in seen:
-        behind_inputs = [behind.get(node, bits.get(node, 0)) for node in owner.inputs]
-        behind_input = functools.reduce(operator.or_, behind_inputs, 0)
-        owners.append(Owner(owner.name, owner.buffered, owner.calls, behind_input))
-    return PathGraph(model, [name for name, _, _ in calls], list(parameters), owners, reached)
+    for owner, (inputs, _) in nodes.items():
+        for node in inputs:
+            owner.behind_input |= behind.get(node, bits.get(node, 0))
+    return PathGraph(model, [name for name, _, _ in calls], list(parameters), [*nodes], reached)
 
 
 def _reach(
