@@ -339,7 +339,7 @@ def test_an_option_that_the_model_does_not_know_is_named(digits_folder, refused)
         ((*VIT, "--naflex-loader", "--save-images"), ("--save-images", "--naflex-loader")),
         ((*VIT, "--kd-model-name", "nonsense"), ("--kd-model-name nonsense",)),
         ((*RESNET, "--aug-splits", 2, "--jsd-loss", "--mixup", 0.5, "--no-prefetcher"),
-         ("--jsd-loss", "mixup")),
+         ("--loss jsd", "mixup")),
         ((*VIT, "--opt-kwargs", "nonsense=1"), ("--opt", "nonsense")),
     ],
 )  # fmt: skip
@@ -459,5 +459,5 @@ def test_a_terminal_gets_a_bar_with_both_losses_and_the_time_left(
     run(digits_folder, tmp_path, *VIT, *RDP)
     drawn = capsys.readouterr().err
     assert re.search(
-        r"Epoch 2/2: 100%.*droppath=\S+, complement=\S+, img/s=\d+, run left=00:00", drawn
+        r"Train: 1: 100%.*run left=00:00, droppath=\S+, complement=\S+, img/s=\d+", drawn
     )

@@ -1,13 +1,15 @@
 """What the study's commands share: the types of their options, and a model by its name."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
 
-from timm_rdp.errors import UsageError, nearest, one_line
+from timm_rdp.errors import UsageError, nearest, one_line, refused_with
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,3 +60,24 @@ def refused_model(name: str) -> Iterator[None]:
             close = nearest(architecture, timm.list_models()) or "; timm.list_models() lists them"
             why = f": timm has no such model{close}"
         raise UsageError(f"--model {name}{why}") from error
+
+
+def check_output(folder: str | Path) -> Path:
+    """The output folder, which exists or can be made; nothing is made yet.
+
+    Raises:
+        UsageError: it has no name, is a file, lies below one, or cannot be written.
+    """
+    path = Path(folder).absolute()
+    with refused_with(f"--output {str(folder) or repr('')}: cannot be written"):
+        if not str(folder):
+            raise ValueError("name a folder")
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file, not a folder")
+        for name in path.relative_to(there).parts:
+            with suppress(FileNotFoundError):
+                (there / name).stat()  # raises for names that are too long, links in a loop, ...
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"no permission in {there}; name another folder")
+    return Path(folder)

@@ -15,7 +15,7 @@ from torch import nn
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.errors import UsageError, report
 from timm_rdp.study.options import RATE, Parser, at_least, refused_model
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.training.model import img_size_kwargs
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,7 @@ from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import refused_with
 from timm_rdp.study.compare.flops import FlopCounter
 from timm_rdp.training.data import close_data, create_data
-from timm_rdp.training.inputs import example_input
-from timm_rdp.training.model import build_model, setup_precision
+from timm_rdp.training.model import build_model, example_input, setup_precision
 
 # What `count_costs` counts of a model that has paths beside "update".
 COSTS_OF_PATHS = ("droppath", "complement", "complements")
@@ -144,7 +143,7 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.lr)
     with warnings.catch_warnings(), refused_with(f"--sched {args.sched} with --epochs {epochs}"):
         warnings.simplefilter("ignore")  # the run itself says them once
-        kwargs = dict[str, Any](scheduler_kwargs(options))
+        kwargs = dict[str, Any](scheduler_kwargs(options, decreasing_metric=False))
         return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)[1]
 
 

@@ -25,12 +25,13 @@ from timm_rdp.study.compare.runs import (
     Training,
     variant_flags,
 )
-from timm_rdp.training.checkpoint import check_checkpoints
-from timm_rdp.training.checks import check_limits, flag
-from timm_rdp.training.data import check_data
-from timm_rdp.training.files import write_atomically
+from timm_rdp.training.checkpoint import check_weights_files
+from timm_rdp.training.dataset import check_data
 from timm_rdp.training.flags import build_parser as build_training_parser
+from timm_rdp.training.flags import flag
 from timm_rdp.training.options import parse_args, read_config
+from timm_rdp.training.saver import write_atomically
+from timm_rdp.training.setup import create_loss
 
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
@@ -186,8 +187,11 @@ def check_runs(
             flags = variant_flags(variant, rate, options)
             run = ["--seed", str(last_seed), "--output", str(output / "runs")]
             parsed[rate] = parse_args(["-c", str(recipe), *flags, *run])
-    for check in (check_limits, check_data, check_checkpoints):
-        check(next(iter(parsed.values())))
+    args = next(iter(parsed.values()))
+    check_data(args)
+    with refused_with(f"--loss {args.loss}"):
+        create_loss(args)
+    check_weights_files(args)
     for rate, args in parsed.items():
         if (key := str(rate or "plain")) not in grid["costs"]:
             model, data_config, batches = cost.build_on_meta(args)

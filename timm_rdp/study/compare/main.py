@@ -18,7 +18,7 @@ from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
 from timm_rdp.study.figures import check_matplotlib
-from timm_rdp.training.files import check_output
+from timm_rdp.study.options import check_output
 from timm_rdp.training.flags import flag
 
 

@@ -14,7 +14,7 @@ from timm_rdp.study.compare.results import Row, read_results, tabulate
 from timm_rdp.study.compare.runs import MATCHED
 from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
 from timm_rdp.study.figures import save
-from timm_rdp.training.files import write_atomically
+from timm_rdp.training.saver import write_atomically
 
 Table = Mapping[float, Sequence[Row]]  # by drop rate
 

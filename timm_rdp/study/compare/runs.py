@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from timm_rdp.errors import refused_with
-from timm_rdp.training.files import write_atomically
 from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
+from timm_rdp.training.saver import write_atomically
 
 VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
 RDP_VARIANTS = frozenset({"rdp", "rdp-next"})

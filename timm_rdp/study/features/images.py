@@ -10,7 +10,7 @@ from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.training.demo import prepare_demo
+from timm_rdp.training.dataset import prepare_demo
 
 # Fewer images than this say more about themselves than about the layers.
 MIN_IMAGES = 16

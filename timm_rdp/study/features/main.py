@@ -34,8 +34,7 @@ from timm_rdp.study.figures import (
     similarity_grid,
     write_csv,
 )
-from timm_rdp.study.options import Parser, at_least
-from timm_rdp.training.files import check_output
+from timm_rdp.study.options import Parser, at_least, check_output
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6

@@ -16,7 +16,7 @@ import timm_rdp
 from timm_rdp.errors import UsageError, one_line, refused_with
 from timm_rdp.study.options import refused_model
 from timm_rdp.training.checkpoint import read_checkpoint
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.training.model import img_size_kwargs
 
 
 @dataclass

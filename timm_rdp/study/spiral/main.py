@@ -22,11 +22,10 @@ from timm_rdp.study.features.similarity import (
     revisit_score,
 )
 from timm_rdp.study.figures import check_matplotlib, pixels, save, similarity_grid, write_csv
-from timm_rdp.study.options import RATE, Parser, at_least, number
+from timm_rdp.study.options import RATE, Parser, at_least, check_output, number
 from timm_rdp.study.spiral import algorithm, toy
 from timm_rdp.study.spiral import figures as toy_figures
 from timm_rdp.study.spiral.figures import FIRST, LAYERS
-from timm_rdp.training.files import check_output
 
 MEASURES = {
     f"{measure}_{kind}": f"revisit score of {name}, {layers}"
