@@ -13,6 +13,7 @@ from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from timm.data.dataset_factory import _search_split
 from timm.data.readers import create_reader
 from timm.models import get_pretrained_cfg, parse_model_name
+from torch.utils.data import IterableDataset
 
 from timm_rdp.errors import DataError, UsageError, one_line, refused_with
 
@@ -144,6 +145,8 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
             trust_remote_code=args.dataset_trust_remote_code,
             **more,
         )
+        if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+            dataset[0]  # its fields, and whether they fit the task
     if type(dataset) is ImageDataset:
         dataset.__class__ = _StrictImageDataset
     return dataset
