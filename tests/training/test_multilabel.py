@@ -15,6 +15,7 @@ METRICS = ["eval_loss", "eval_map", "eval_micro_f1", "eval_macro_f1", "eval_samp
 @pytest.fixture(scope="module")
 def labels(digits_folder, tmp_path_factory):
     """The digits as a Hugging Face data set, and the flags that read it."""
+    datasets.disable_progress_bars()
     folder = tmp_path_factory.mktemp("labels")
     for split in ("train", "validation"):
         data = {name: [] for name in ("image", "labels", "vector", *LABELS)}

@@ -18,6 +18,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.core.versions import safe_globals
 from timm_rdp.errors import UsageError, refused_with
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def read_checkpoint(path: str | Path, flag: str, mmap: bool = False) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"{flag} {path}: there is no such file; check the path")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with safe_globals([argparse.Namespace]):
             mmap = mmap and zipfile.is_zipfile(path)  # files from before torch 1.6 are none
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:

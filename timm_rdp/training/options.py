@@ -15,6 +15,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from timm.utils.distributed import is_distributed_env
 
 import timm_rdp
+from timm_rdp.core.versions import best_device
 from timm_rdp.errors import UsageError, nearest, refused_with
 from timm_rdp.training.dataset import prepare_demo
 from timm_rdp.training.flags import build_parser, flag
@@ -200,8 +201,7 @@ def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
 
 
 def _resolve_device(name: str | None) -> str:
-    best = torch.accelerator.current_accelerator(check_available=True)
-    best = best.type if best else "cpu"
+    best = best_device()
     if not name:
         return best
     with refused_with(f"--device {name}"):
