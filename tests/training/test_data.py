@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from conftest import write_digits
+from core_helpers import same_bits
+from runs import RESNET, checkpoint, run
 from timm import utils
 from timm.data import (
     AugMixDataset,
@@ -19,7 +21,7 @@ from timm.data import (
     resolve_data_config,
 )
 
-from timm_rdp.errors import DataError, UsageError
+from timm_rdp.errors import DataError
 from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.dataset import check_data
 from timm_rdp.training.model import img_size_kwargs, mixup_active
@@ -217,14 +219,46 @@ def small_naflex(create_model, varied):
 
 def test_a_model_that_does_not_take_the_batches_is_refused(digits_folder, refused):
     data = ["--data-dir", digits_folder, "--num-classes", "10", "-b", "8", "-j", "0"]
-    line = refused(*data, "--model", "test_resnet", *NAFLEX)
-    assert "--naflex-loader" in line and "test_resnet" in line
+    assert "test_resnet" in refused(*data, "--model", "test_resnet", *NAFLEX)
     vit = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=1"]
     line = refused(*data, *vit, "--train-img-sizes", "32", "48")
-    assert "--train-img-sizes 48" in line and "vit_tiny_patch16_224" in line
+    assert "--train-img-sizes 48" in line
     model = ["--model", "naflexvit_base_patch16_gap", *SMALL_NAFLEX]
     line = refused(*data, *model, *NAFLEX, "--naflex-patch-sizes", "8", "16")
-    assert "--naflex-patch-sizes 8 16" in line
+    assert "--naflex-patch-sizes 8" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--model efficientformer_l1 --img-size 256", "efficientformer_l1 (its own: 224 x 224)"),
+        ("--model vit_tiny_patch16_224 --img-size 8", "vit_tiny_patch16_224 (its own: 224 x 224)"),
+        (
+            "--model vit_tiny_patch16_224 --img-size 40 --model-kwargs depth=1 "
+            "dynamic_img_size=True",
+            "8 x 3 x 40 x 40",
+        ),
+        ("--model test_resnet --model-kwargs features_only=True", "test_resnet"),
+        ("--model test_vit --img-size 32 --gp bogus", "test_vit pooling"),
+        ("--model test_resnet --gp fast --img-size 32 --model-kwargs global_pool=", "global_pool"),
+        ("--model resnet18 --img-size 32 -b 1", "resnet18 batches of 1 x 3 x 32 x 32"),
+    ],
+)
+def test_a_batch_is_tried_before_anything_is_written(digits_folder, refused, argv, words):
+    data = ["--data-dir", digits_folder, "--num-classes", "10", "-b", "8", "-j", "0"]
+    line = refused(*data, *argv.split())
+    for word in words.split():
+        assert word in line
+
+
+def test_the_batch_on_trial_moves_no_bit(digits_folder, tmp_path, monkeypatch):
+    argv = (*RESNET, "--drop", 0.2, "--mixup", 0.5, "--no-prefetcher", "--reprob", 0.5)
+    tried = run(digits_folder, tmp_path / "tried", *argv)
+    monkeypatch.setattr("timm_rdp.training.setup.try_batch", lambda *_: None)
+    untried = run(digits_folder, tmp_path / "untried", *argv)
+    assert (tried / "summary.csv").read_bytes() == (untried / "summary.csv").read_bytes()
+    weights = [checkpoint(folder)["state_dict"] for folder in (tried, untried)]
+    assert same_bits(*map(dict, weights))
 
 
 def test_making_the_loaders_moves_no_random_state(digits_folder):
@@ -400,10 +434,3 @@ def test_input_size_sets_height_and_width_apart(digits_folder):
     assert img_size_kwargs(args) == {"img_size": (32, 64)}
     args = options(digits_folder, "--model-kwargs", "dynamic_img_size=True")
     assert img_size_kwargs(args) == {}
-
-
-def test_an_image_size_that_a_model_cannot_have_is_refused(digits_folder):
-    for model, size in (("efficientformer_l1", 256), ("vit_tiny_patch16_224", 8)):
-        args = options(digits_folder, "--model", model, "--img-size", str(size))
-        with pytest.raises(UsageError, match=rf"--img-size {size}.*224.*{model}"):
-            loaders(args)

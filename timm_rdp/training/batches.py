@@ -1,6 +1,7 @@
 """The batches of an epoch: their order, loaded, put on the device, mixed, grouped into updates."""
 
 import argparse
+import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from timm import utils
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from timm_rdp.training.data import Data
 from timm_rdp.training.state import RunState
@@ -53,6 +54,27 @@ def load_batches(
         scale = _loss_scale(args, data.batch_size_reference, size, device)
         state.batches_done += 1
         yield MicroBatch(state.batches_done - 1, input, target, size, scale)
+
+
+def first_batch(
+    args: argparse.Namespace, data: Data, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Any, torch.Tensor] | None:
+    """One batch of the training data, loaded by this process; None where that would move the data.
+
+    Of an iterable data set, which keeps its own place. The caller restores the random state.
+    """
+    inner = getattr(data.train, "loader", data.train)
+    if args.naflex_loader:
+        loaded = next(iter(inner.dataset))
+    elif inner.batch_sampler is None or isinstance(inner.dataset, IterableDataset):
+        return None
+    else:
+        loaded = inner.collate_fn([inner.dataset[i] for i in next(iter(inner.batch_sampler))])
+    if inner is not data.train:
+        prefetcher = copy.copy(data.train)
+        prefetcher.loader = [loaded]
+        loaded = next(iter(prefetcher))
+    return to_device(args, *loaded, device, dtype, data.mixup_fn)
 
 
 def to_device(

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 
 from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.training.dataset import check_outputs, make_dataset
-from timm_rdp.training.model import check_model_takes, mixup_active, patch_size
+from timm_rdp.training.model import mixup_active, patch_size
 
 _logger = logging.getLogger(__name__)
 
@@ -47,14 +48,13 @@ def create_data(
     Args:
         args: the options, with those that timm's `init_distributed_device` adds.
         data_config: from timm's `resolve_data_config`.
-        model: the model before it is wrapped; tried on the sizes that the options ask for.
+        model: asked for its patch size, for NaFlex.
         device: where batches go.
         model_dtype: dtype of the images, None for float32.
 
     Raises:
         UsageError: a data set cannot be made, or holds more classes than the model has outputs.
     """
-    check_model_takes(args, data_config, model)
     img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
     train = make_dataset(args, img_mode, is_training=True)
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
@@ -76,7 +76,8 @@ def create_data(
     with refused_with("timm cannot make a loader with these options"):
         if args.naflex_loader:
             size = patch_size(model)
-            loaders = _naflex_loaders(args, data_config, train, val, common, mix, size)
+            with redirect_stdout(None):  # timm prints its schedule
+                loaders = _naflex_loaders(args, data_config, train, val, common, mix, size)
         else:
             loaders = _image_loaders(args, data_config, train, val, common, mix)
     if len(loaders[0]) == 0:

@@ -181,7 +181,7 @@ def _schedule(add: Callable) -> None:
     add("--lr-k-decay", type=FLOAT, default=1.0, help="k of k-decay for cosine and poly")
     add("--warmup-lr", type=AMOUNT, default=1e-5, help="learning rate at the start of the warmup")
     add("--min-lr", type=AMOUNT, default=0, help="lowest learning rate")
-    add("--epochs", type=INDEX, default=300, help="epochs")
+    add("--epochs", type=COUNT, default=300, help="epochs")
     add("--epoch-repeats", type=AMOUNT, default=0.0, help="iterable data set: passes per epoch")
     add("--start-epoch", type=INDEX, help="first epoch, also when resuming")
     add("--decay-milestones", type=INT, nargs="+", default=[90, 180, 270], help="multistep: epochs")

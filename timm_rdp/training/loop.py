@@ -16,10 +16,18 @@ from torch import nn
 
 from timm_rdp import ResidualDropPath
 from timm_rdp.core.rdp import COMPLEMENT
-from timm_rdp.errors import TrainingError
-from timm_rdp.training.batches import MicroBatch, to_device, update_sizes
+from timm_rdp.errors import TrainingError, refused_with
+from timm_rdp.training.batches import (
+    MicroBatch,
+    first_batch,
+    random_state,
+    set_random_state,
+    to_device,
+    update_sizes,
+)
+from timm_rdp.training.data import Data
 from timm_rdp.training.log import Display, Losses, mean_lr
-from timm_rdp.training.model import trained_module
+from timm_rdp.training.model import example_input, trained_module
 from timm_rdp.training.resume import Stopped, StopSignals
 from timm_rdp.training.state import RunState
 
@@ -195,6 +203,49 @@ def batch_trainer(
         return loss.detach()
 
     return train_batch
+
+
+def try_batch(
+    args: argparse.Namespace,
+    task: TrainingTask,
+    data: Data,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Forward, loss and backward of one real batch, as training does, which leaves no bit changed.
+
+    Raises:
+        UsageError: the model does not take such a batch.
+    """
+    module = trained_module(task)
+    if args.torchscript:  # whose first inputs decide how it is optimized
+        return
+    random, buffers = random_state(device), {b: b.clone() for b in task.buffers()}
+    own = getattr(module, "pretrained_cfg", {}).get("input_size")
+    hint = f" (its own: {own[1]} x {own[2]})" if own else ""
+    try:
+        batch = first_batch(args, data, device, dtype)
+        if batch is None:
+            return
+        images = batch[0]["patches"] if isinstance(batch[0], dict) else batch[0]
+        shape = " x ".join(map(str, images.shape))
+        with refused_with(f"{args.model}{hint} cannot be trained on batches of {shape}"):
+            with autocast():
+                loss = task.train()(*batch)["loss"]
+            loss.backward()
+            for flag in ("--train-img-sizes", "--naflex-patch-sizes"):
+                for size in getattr(args, flag[2:].replace("-", "_")) or ():
+                    example = example_input(args, input_size, module, size, device, images.dtype)
+                    with refused_with(f"{flag} {size}"), torch.no_grad(), autocast():
+                        module(example)
+    finally:
+        for parameter in task.parameters():
+            parameter.grad = None
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+        set_random_state(random, device)
 
 
 def evaluate(

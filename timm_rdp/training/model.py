@@ -3,7 +3,7 @@
 import argparse
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -193,70 +193,44 @@ def img_size_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def example_input(
-    args: argparse.Namespace, data_config: Mapping, model: nn.Module
+    args: argparse.Namespace,
+    input_size: Sequence[int],
+    model: nn.Module,
+    side: int | None = None,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor | dict[str, Tensor]:
-    """Images (B, C, H, W) without memory behind them, or NaFlex's dict of patches."""
+    """Zeros that the model takes: images (B, C, H, W), or NaFlex's dict of patches.
+
+    Args:
+        input_size: C, H, W of the images.
+        side: another size of the images or, with --naflex-patch-sizes, of the patches.
+    """
     batch = 2 * max(2, args.aug_splits)  # split BatchNorm takes only multiples of its splits
     if not args.naflex_loader:
-        return torch.empty((batch, *data_config["input_size"]), device="meta")
+        height, width = (side, side) if side else input_size[1:]
+        return torch.zeros((batch, input_size[0], height, width), dtype=dtype, device=device)
 
-    channels = data_config["input_size"][0]
+    channels = input_size[0]
+    device = "cpu" if device == "meta" else device  # positions have to have values
     height, width = patch_size(model)
     shape: tuple[int, ...] = (height * width * channels,)
     if args.naflex_patch_sizes:  # patches of varying size are not flattened
-        side = args.naflex_patch_sizes[0]
+        side = side or args.naflex_patch_sizes[0]
         first = args.naflex_patchify_channels_first
         shape = (channels, side, side) if first else (side, side, channels)
     length = args.naflex_train_seq_lens[0]
-    side = max(1, int(length**0.5))
-    coord = torch.zeros(batch, length, 2, dtype=torch.int64)
-    coord[:, : side**2] = torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)
-    valid = (torch.arange(length) < side**2).repeat(batch, 1)
-    patches = torch.zeros(batch, length, *shape)
+    edge = max(1, int(length**0.5))
+    coord = torch.zeros(batch, length, 2, dtype=torch.int64, device=device)
+    coord[:, : edge**2] = torch.cartesian_prod(*[torch.arange(edge)] * 2)
+    valid = (torch.arange(length, device=device) < edge**2).repeat(batch, 1)
+    patches = torch.zeros(batch, length, *shape, dtype=dtype, device=device)
     return {"patches": patches, "patch_coord": coord, "patch_valid": valid}
 
 
 def patch_size(model: Any) -> tuple[int, int]:
     """Height and width of a model's patches; 16 x 16 as in timm's script where it has none."""
     return model.get_patch_size() if hasattr(model, "get_patch_size") else (16, 16)
-
-
-def check_model_takes(args: argparse.Namespace, data_config: Mapping, model: nn.Module) -> None:
-    """Try the model on the sizes that the options ask for, before the first epoch does.
-
-    Raises:
-        UsageError: the model fails with one of the sizes, or with patch sequences.
-    """
-    if isinstance(model, torch.jit.ScriptModule):  # its first inputs decide how it is optimized
-        return
-    channels, *size = data_config["input_size"]
-    tried: dict[str, Any] = {}
-    if args.naflex_loader:
-        sizes = " ".join(map(str, args.naflex_patch_sizes or ()))
-        given = f"--naflex-patch-sizes {sizes}" if sizes else "--naflex-loader"
-        tried[given] = example_input(args, data_config, model)
-    elif args.input_size or args.img_size:
-        given = f"--input-size {' '.join(map(str, args.input_size or ()))}"
-        given = given if args.input_size else f"--img-size {args.img_size}"
-        own = getattr(model, "pretrained_cfg", {}).get("input_size")
-        given += f" (the model's own: {own[1]} x {own[2]})" if own else ""
-        tried[given] = torch.zeros(2, channels, *size)
-    for side in args.train_img_sizes or ():
-        tried[f"--train-img-sizes {side}"] = torch.zeros(2, channels, side, side)
-
-    parameter = next(model.parameters())
-
-    def moved(example: Any) -> Any:
-        if isinstance(example, dict):
-            return {name: moved(tensor) for name, tensor in example.items()}
-        dtype = parameter.dtype if example.is_floating_point() else None
-        return example.to(parameter.device, dtype)
-
-    was_training = model.training
-    for given, example in tried.items():
-        with refused_with(f"{given} does not suit {args.model}"), torch.no_grad():
-            model.eval()(moved(example))
-    model.train(was_training)
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

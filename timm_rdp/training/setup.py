@@ -22,6 +22,7 @@ from timm_rdp.training.batches import DataStream, ResumableSampler, make_resumab
 from timm_rdp.training.checkpoint import check_weights_files, find_newest, load_ema, resume
 from timm_rdp.training.data import Data, create_data
 from timm_rdp.training.dataset import check_data
+from timm_rdp.training.loop import try_batch
 from timm_rdp.training.model import (
     build_model,
     evaluated_module,
@@ -79,6 +80,8 @@ def set_up(args: argparse.Namespace) -> Parts:
     _check_tta(args, data)
     _set_learning_rate(args, data.batch_size_reference)
     task = build_task(args, model, loss, device, dtype)
+    if not args.resume:
+        try_batch(args, task, data, data_config["input_size"], device, dtype, autocast)
     rdp = _patch_model(args, task, data_config)
     optimizer = _create_optimizer(args, task)
 
@@ -263,7 +266,7 @@ def _patch_model(
 ) -> ResidualDropPath | None:
     if not (args.rdp or args.skip_dropped):
         return None
-    example = example_input(args, data_config, evaluated_module(task))
+    example = example_input(args, data_config["input_size"], evaluated_module(task))
     with refused_with(f"{'--rdp' if args.rdp else '--skip-dropped'} --model {args.model}"):
         rdp = from_args(trained_module(task), args, example_input=example)
     if rdp is not None and utils.is_primary(args):

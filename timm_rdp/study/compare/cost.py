@@ -75,7 +75,9 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     rdp = None
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
-            rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
+            rdp = ResidualDropPath(
+                model, example_input=example_input(args, data_config["input_size"], model)
+            )
         trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
         costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
     if args.naflex_loader:
