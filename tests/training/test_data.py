@@ -323,6 +323,43 @@ def test_a_split_without_images_is_named(digits_folder, tmp_path, refused):
     assert str(tmp_path / "validation") in line and "no images" in line
 
 
+def test_split_names_without_folders_are_refused_together_too(digits_folder, refused):
+    argv = ["--train-split", "trian", "--val-split", "validaiton", "--data-dir", digits_folder]
+    line = refused(*TINY, *argv)
+    assert "--train-split trian" in line
+
+
+def test_folders_that_are_a_class_by_accident_or_none_are_named(tmp_path, refused):
+    write_digits(tmp_path / "a", [0, 1])
+    for split in ("train", "validation"):
+        shutil.copytree(tmp_path / "a" / split / "1", tmp_path / "a" / split / ".ipynb_checkpoints")
+    line = refused(*TINY, "--num-classes", "2", "--data-dir", tmp_path / "a")
+    assert ".ipynb_checkpoints" in line
+    write_digits(tmp_path / "b", [0, 1])
+    for split in ("train", "validation"):
+        (tmp_path / "b" / split / "2").mkdir()
+        (tmp_path / "b" / split / "2" / "x.webp").write_bytes(b"")
+    line = refused(*TINY, "--num-classes", "2", "--data-dir", tmp_path / "b")
+    assert str(tmp_path / "b" / "train" / "2") in line and "x.webp" in line and ".png" in line
+
+
+def test_a_class_map_that_fits_no_folder_is_named(digits_folder, tmp_path, refused):
+    (tmp_path / "map.txt").write_text("cat\ndog\n")
+    argv = ["--class-map", tmp_path / "map.txt", "--num-classes", "2"]
+    assert "map.txt" in refused(*TINY, *argv, "--data-dir", digits_folder)
+
+
+def test_outputs_that_no_class_uses_are_logged_once(digits_folder, caplog):
+    caplog.set_level("INFO")
+    loaders(options(digits_folder, "--num-classes", "12"))
+    assert [r.message for r in caplog.records if "12 outputs for 10 classes" in r.message]
+
+
+def test_posterizing_to_nothing_gives_a_black_image(digits_folder):
+    data = loaders(options(digits_folder, "--aa", "rand-m10-n4-inc1"))
+    assert len([data.train.loader.dataset[index % 80] for index in range(400)]) == 400
+
+
 def test_splits_of_different_classes_are_refused(tmp_path, refused):
     write_digits(tmp_path, [0, 1, 2])
     shutil.rmtree(tmp_path / "validation" / "1")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
@@ -16,6 +17,7 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
 )
+from timm.data.auto_augment import NAME_TO_OP
 from timm.utils import is_primary
 from torch import nn
 
@@ -73,6 +75,8 @@ def create_data(
         persistent_workers=args.persistent_workers,
     )
     mix = _mixup_kwargs(args) if mixup_active(args) else None
+    if args.aa:
+        _let_posterize_keep_nothing(is_primary(args))
     with refused_with("timm cannot make a loader with these options"):
         if args.naflex_loader:
             size = patch_size(model)
@@ -90,7 +94,29 @@ def create_data(
         reference = loaders[0].batch_sampler.average_batch_size
     if is_primary(args):
         _log(args, len(train), loaders[0].batch_sampler)
+        if 0 < len(classes or ()) < args.num_classes:
+            _logger.info(
+                f"The model has {args.num_classes} outputs for {len(classes)} classes; "
+                f"--num-classes {len(classes)} leaves out what is never trained on"
+            )
     return Data(*loaders, float(reference))
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    if bits_to_keep == 0:
+        return image.point(lambda _: 0)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+def _let_posterize_keep_nothing(is_told: bool) -> None:
+    """Give the black image where timm's augmentation keeps 0 bits, an error since Pillow 13."""
+    try:
+        ImageOps.posterize(Image.new("L", (1, 1)), 0)
+    except ValueError:
+        if is_told and NAME_TO_OP["Posterize"] is not _posterize:
+            _logger.info("Posterizing to 0 bits gives a black image, as before Pillow 13.")
+        names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+        NAME_TO_OP.update(dict.fromkeys(names, _posterize))
 
 
 def close_data(data: Data) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from PIL import Image
 from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from timm.data.dataset_factory import _search_split
 from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import get_pretrained_cfg, parse_model_name
 from torch.utils.data import IterableDataset
 
@@ -59,6 +61,8 @@ def check_data(args: argparse.Namespace) -> int | None:
             _logger.warning(f"{root} is not split: validation sees the images of training")
         val = _reader(roots[1], args.class_map, args.input_key)
         if not args.class_map:
+            for own, reader in zip(roots, (train, val), strict=True):
+                _check_folders(Path(own), reader.class_to_idx)
             _check_same_classes(set(train.class_to_idx), set(val.class_to_idx), args)
     if args.class_map:
         return max(train.class_to_idx.values()) + 1
@@ -113,7 +117,10 @@ def _reader(root: str, class_map: str, input_key: str | None) -> Any:
         try:
             return create_reader("", root=root, class_map=class_map, input_key=input_key)
         except RuntimeError:
-            raise UsageError(f"the data folder {root} holds no images in class folders") from None
+            named = f" that --class-map {class_map} names" if class_map else ""
+            raise UsageError(
+                f"the data folder {root} holds no images in class folders{named}"
+            ) from None
 
 
 def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> Any:
@@ -150,6 +157,21 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
     if type(dataset) is ImageDataset:
         dataset.__class__ = _StrictImageDataset
     return dataset
+
+
+def _check_folders(root: Path, classes: Iterable[str]) -> None:
+    """Refuse folders that would be, or would not be, a class by accident."""
+    if hidden := [name for name in classes if name.startswith(".")]:
+        raise UsageError(f"{root} holds {hidden[0]}, which would be a class; remove it")
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if not folder.is_dir() or folder.name.startswith(".") or folder.name in classes:
+            continue
+        inside = list(folder.iterdir())
+        if inside and not any(path.is_dir() for path in inside):
+            read = " ".join(get_img_extensions())
+            raise UsageError(
+                f"{folder} holds no image that timm reads ({read}), but e.g. {inside[0].name}"
+            )
 
 
 def _check_same_classes(train: set[str], val: set[str], args: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def build_parser() -> Parser:
         "the flags of timm's own script. Without data it trains on a demo, handwritten digits.",
     )
     add = parser.add_argument
-    add("-c", "--config", default="", metavar="FILE", help="YAML file of flags; flags override it")
+    add("-c", "--config", default="", metavar="FILE", help="YAML file of flags, or a recipe")
     add("data", nargs="?", metavar="DIR", help="the same as --data-dir DIR")
     add_rdp_args(parser)
     for title, add_flags in _GROUPS.items():

@@ -23,7 +23,7 @@ from timm_rdp.training.model import mixup_active, no_such_model
 
 _logger = logging.getLogger(__name__)
 
-DEMO_RECIPE = "demo_digits.yaml"
+DEMO_RECIPE = "demo_digits"
 RDP_DROP_PATH = 0.1
 
 # Flags, or beginnings of flags, without effect where another one is not given.
@@ -73,13 +73,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         UsageError: one line that names the flag, its value and the fix.
     """
     parser = build_parser()
+    parser.epilog = f"Recipes that -c takes by name: {', '.join(recipes())}."
     defaults = vars(parser.parse_args([]))
     typed = typed_flags(parser, argv)
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     given = {**config, **typed}
     demo = not any(given.get(name) for name in ("data", "data_dir", "dataset"))
     if demo:
-        given = {**read_config(recipe(DEMO_RECIPE), parser), **given}
+        given = {**read_config(recipes()[DEMO_RECIPE], parser), **given}
     args = argparse.Namespace(**{**defaults, **given})
 
     # A config may spell out defaults, as args.yaml does: only a change counts there.
@@ -112,13 +113,11 @@ def args_text(args: argparse.Namespace) -> str:
     return yaml.safe_dump(chosen, default_flow_style=False)
 
 
-def recipe(name: str) -> Path:
-    """Return the path of a recipe of `configs/`, in a checkout or installed."""
+def recipes() -> dict[str, Path]:
+    """Return the recipes of `configs/` by name, in a checkout or installed."""
     package = Path(timm_rdp.__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UsageError(f"the recipe {name} is missing from {package / 'configs'}; reinstall timm-rdp")
+    folders = (package / "configs", package.parent / "configs")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def typed_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
@@ -134,15 +133,19 @@ def typed_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict
 def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML mapping of flags, turned into words of a command line and parsed as such.
 
-    Keys are the flags' names, with underscores or dashes. A null is a flag that is not given; for
-    --color-jitter it means none.
+    The file may also be the name of a recipe. Keys are the flags' names, with underscores or
+    dashes. A null is a flag that is not given; for --color-jitter it means none.
 
     Raises:
         UsageError: the file is missing, not YAML or not a mapping; a key is unknown or given twice;
             a value does not fit its flag.
     """
-    with refused_with(f"--config {path}"):
-        text = Path(path).read_bytes()
+    known = recipes()
+    file = Path(path)
+    if str(path) in known and not file.is_file():
+        file = known[str(path)]
+    with refused_with(f"--config {path} (recipes: {', '.join(known)})"):
+        text = file.read_bytes()
     with refused_with(f"--config {path} is not valid YAML"):
         content = yaml.load(text, _Loader)
     if not isinstance(content, dict):

@@ -5,11 +5,13 @@ import json
 import logging
 import logging.handlers
 import math
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from timm import utils
@@ -147,9 +149,9 @@ def fit(
         if outputs is not None:
             _logger.info(
                 f"{stopped} in epoch {state.epoch}, after {state.updates_done} updates: continue "
-                f"with --resume {outputs.saver.curr_recovery_file}"
+                f"with {_in_place(outputs)} --resume auto"
             )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         reason = _reason_to_stop(error, args.distributed)
         if reason is None:
             raise
@@ -168,11 +170,18 @@ def fit(
     return status
 
 
-def _reason_to_stop(error: RuntimeError, distributed: bool) -> str | None:
-    """What a RuntimeError from outside this process is about; None where it is another one."""
+def _in_place(outputs: Outputs) -> str:
+    folder = Path(outputs.folder)
+    return f"--output {shlex.quote(str(folder.parent))} --experiment {shlex.quote(folder.name)}"
+
+
+def _reason_to_stop(error: RuntimeError | OSError, distributed: bool) -> str | None:
+    """What an error from outside this process is about; None where it is another one."""
     first_line = str(error).partition("\n")[0]
     if "DataLoader worker" in first_line:
         return first_line
+    if "Too many open files" in first_line or "ancdata" in first_line:
+        return "too many open files (raise the limit with ulimit -n, or use fewer --workers)"
     communication = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "timeout")
     if distributed and any(word in str(error).lower() for word in communication):
         return f"another rank no longer answers ({first_line})"
