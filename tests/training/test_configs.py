@@ -90,7 +90,9 @@ def test_ten_thousand_samples_pass_a_recipes_augmentation(path, generated):
     flags = ["-c", str(path), "--data-dir", str(generated), "--img-size", "32", "--rdp"]
     args = parse_args([*flags, "--class-map", str(generated / "1000.txt"), "-j", "0"])
     args.distributed, args.rank, args.world_size, args.num_classes = False, 0, 1, 1000
-    args.val_split, args.batch_size = "", 4
+    args.dataset, args.val_split, args.batch_size = "", "", 4
+    args.train_img_sizes = args.train_batch_sizes = args.train_size_probs = None
+    args.train_batches_per_epoch = None
     config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
     model = timm.create_model("test_resnet")
     data = create_data(args, config, model, torch.device("cpu"), None)
