@@ -58,11 +58,13 @@ class Case:
         name: says what it touches.
         flags: beside COMMON; {teacher} is a folder with a model, {data} the images.
         then: flags of a second run of both scripts that resumes the timm script's checkpoint.
+        swap: whether each script then runs on the args.yaml that the other one wrote.
     """
 
     name: str
     flags: str
     then: str = ""
+    swap: bool = False
 
 
 CASES = (
@@ -177,6 +179,12 @@ CASES = (
     ),
     Case("multilabel, NaFlex, mixup", f"{NAFLEX} {ADAMW} {MULTILABEL} --mixup 0.8"),
     Case("poly loss", f"{RESNET} {SGD} --loss poly --poly-epsilon 1"),
+    Case(
+        "each on the args.yaml of the other",
+        f"{VIT} {ADAMW} --mixup 0.5 --aa rand-m5-inc1 --sched wsd --decay-epochs 1 --drop-path 0.2 "
+        "--opt-betas 0.9 0.95 --clip-grad 1.0",
+        swap=True,
+    ),
     Case("poly loss, mixup", f"{RESNET} {SGD} --loss poly --mixup 0.5"),
     Case("warmup-stable-decay", f"{VIT} {ADAMW} --sched wsd --decay-epochs 1"),
     Case(
@@ -279,6 +287,12 @@ def compare(case: Case, root: Path, number: int, script: Path) -> tuple[str, str
         flags = f"{case.then} --resume {first / 'last.pth.tar'}"
         for who, command in commands.items():
             if error := run(command, flags, root / f"{number}-{who}", "then", root):
+                return who, error
+            folders[who] = root / f"{number}-{who}" / "then"
+    if case.swap:
+        for who, other in (("timm", "ours"), ("ours", "timm")):
+            flags = f"-c {root / f'{number}-{other}' / 'first' / 'args.yaml'}"
+            if error := run(commands[who], flags, root / f"{number}-{who}", "then", root):
                 return who, error
             folders[who] = root / f"{number}-{who}" / "then"
     return compare_folders(folders["timm"], folders["ours"])
