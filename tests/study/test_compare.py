@@ -29,9 +29,9 @@ from timm_rdp.study.compare import grid as compare_grid
 from timm_rdp.study.compare import main as compare
 from timm_rdp.study.compare import report as compare_report
 from timm_rdp.study.compare import runs as compare_runs
-from timm_rdp.study.compare.flops import FlopCounter
+from timm_rdp.study.compare.cost import flop_counter
+from timm_rdp.study.compare.results import holm, mean_of, paired_p
 from timm_rdp.study.compare.runs import Cell
-from timm_rdp.study.compare.stats import holm, mean_of, paired_p
 from timm_rdp.training import train
 
 # Saves every batch of the last epoch as an image.
@@ -375,7 +375,7 @@ def test_matched_epochs_cost_the_flops_that_rdp_costs(
     more = f"--epochs {epochs} --rdp-every {every} --rdp-start-epoch {start}".split()
     options, _ = compare_grid.read_recipe([*recipe(digits_folder), *more], ["rdp"])
     grid = compare_grid.same_grid(stubbed.output, options)
-    compare_grid.check_runs(options, ["rdp", "droppath"], [0.3], 0, stubbed.output, grid)
+    compare_grid.check_runs(options, ["rdp", "droppath"], [0.3], grid)
     update, droppath, complement = spent(0.3, cycles)
     per_cycle = (sum(droppath) + sum(complement) / every) / cycles
     expected = round(start + (epochs - start) * per_cycle / update)
@@ -409,7 +409,7 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
     options, _ = compare_grid.read_recipe(recipe(digits_folder), ["rdp"])
     grid = compare_grid.same_grid(stubbed.output, options)
     variants = ["plain", "droppath", "rdp"]
-    compare_grid.check_runs(options, variants, [0.4], 0, stubbed.output, grid)
+    compare_grid.check_runs(options, variants, [0.4], grid)
     update, droppath, complement = spent(0.4, cycles)
     both = sum(droppath) + sum(complement)
     expected = {  # of 3 epochs of 5 batches
@@ -429,9 +429,9 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
 
 
 def counted(module: nn.Module, x: torch.Tensor) -> int:
-    with FlopCounter() as counter:
+    with flop_counter() as counter:
         module(x).sum().backward()
-    return counter.flops
+    return counter.get_total_flops()
 
 
 class Apart(nn.Module):
@@ -475,9 +475,9 @@ def test_a_model_without_groups_costs_what_torch_counts(name):
 def test_a_depthwise_models_backward_costs_twice_its_forward(name):
     model = timm.create_model(name).to("meta")
     images = torch.empty(2, *model.default_cfg["input_size"], device="meta", requires_grad=True)
-    with FlopCounter() as forward:
+    with flop_counter() as forward:
         model(images)
-    assert counted(model, images) == pytest.approx(3 * forward.flops, rel=0.01)
+    assert counted(model, images) == pytest.approx(3 * forward.get_total_flops(), rel=0.01)
 
 
 def test_a_model_whose_operations_cannot_be_counted_is_compared_without(
@@ -795,11 +795,14 @@ def test_intervals_that_leave_the_frame_are_said_to_be_cut(stubbed, scores, cut,
     assert ("cut off" in kept[0].get_suptitle()) == cut
 
 
-def test_runs_are_found_by_name_and_other_folders_left_alone():
-    for cell in (Cell("plain", None, 3), Cell("droppath-matched", 1e-5, 0), Cell("rdp", 0.1, 12)):
-        assert compare_runs.cell_of_name(cell.name) == cell
-    for name in ("plain-0.1-seed3", "rdp-seed1", "rdpx-0.1-seed1", "rdp-0.1-seed1.old", "notes"):
-        assert compare_runs.cell_of_name(name) is None
+def test_runs_are_found_by_name_and_other_folders_left_alone(finished):
+    cells = [Cell("plain", None, 3), Cell("droppath-matched", 1e-5, 0), Cell("rdp", 0.1, 12)]
+    assert compare_runs.cells_of([cell.name for cell in cells]) == cells
+    table = (finished.output / "table.md").read_bytes()
+    for name in ("plain-0.1-seed3", "rdp-seed1", "rdpx-0.1-seed1", "rdp-0.1-seed0.old", "notes"):
+        shutil.copytree(finished.output / "runs" / "rdp-0.1-seed0", finished.output / "runs" / name)
+    assert compare.main(["--report", str(finished.output)]) == 0
+    assert (finished.output / "table.md").read_bytes() == table
 
 
 # What is refused
@@ -810,12 +813,12 @@ def test_runs_are_found_by_name_and_other_folders_left_alone():
     [
         (["--variants", "rdp", "rpd-next"], ("--variants", "'rpd-next'", "rdp-next")),
         (["--variants", "rdp", "rdp"], ("--variants", "twice")),
-        (["--seeds", "0"], ("--seeds 0", "1 or more")),
-        (["--seeds", "two"], ("--seeds", "'two'")),
-        (["--first-seed", "-1"], ("--first-seed -1", "0 or more")),
-        (["--jobs", "0"], ("--jobs 0", "1 or more")),
-        (["--drop-paths", "0"], ("--drop-paths 0.0", "plain")),
-        (["--drop-paths", "1.0"], ("--drop-paths 1.0", "between 0 and 1")),
+        (["--seeds", "0"], ("--seeds 0", "at least 1")),
+        (["--seeds", "two"], ("--seeds two", "whole number")),
+        (["--first-seed", "-1"], ("--first-seed -1", "between 0 and")),
+        (["--jobs", "0"], ("--jobs 0", "at least 1")),
+        (["--drop-paths", "0"], ("--drop-paths 0 ", "plain")),
+        (["--drop-paths", "1.0"], ("--drop-paths 1.0", "above 0 and below 1")),
         (["--drop-paths", "0.1", "0.1"], ("--drop-paths", "twice")),
         (["--seed", "3"], ("--seed ", "--first-seed")),
         (["--rdp"], ("--rdp ", "--variants")),

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import write_digits
 from timm.layers import DropPath
+from torch.utils.data import DataLoader
 
 from timm_rdp.study.features import layers, models
 from timm_rdp.study.features import main as features
-from timm_rdp.study.features.images import Images
 from timm_rdp.study.features.similarity import cka_matrix, effective_rank
 
 SMALL = ["--img-size", "64", "--num-images", "20", "--batch-size", "8", "--device", "cpu"]
@@ -32,8 +32,9 @@ def images_of(folder, count=20):
     cfg = timm.get_pretrained_cfg("test_vit")
     look = {"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
     transform = timm.data.create_transform((3, 64, 64), crop_pct=1.0, **look)
-    batches = list(Images(str(folder), count, 0).batches(count, transform, "RGB"))
-    return batches[0]
+    images = models.choose_images(str(folder), count, 0)
+    images.dataset.transform = transform
+    return next(iter(DataLoader(images, count)))
 
 
 def save_checkpoint(path, seed, model="test_vit", **extra):
@@ -268,10 +269,39 @@ def test_layers_can_be_chosen_by_name_and_pattern(vit):
 
 
 def test_images_are_a_function_of_the_seed_and_taken_from_validation(digits_folder):
-    one, two, three = (Images(str(digits_folder), 16, seed) for seed in (0, 0, 1))
-    assert one.classes == 10 and len(one) == 16
-    assert one.chosen.tolist() == two.chosen.tolist() != three.chosen.tolist()
-    assert len(Images(str(digits_folder), 1000, 0)) == 40
+    one, two, three = (models.choose_images(str(digits_folder), 16, seed) for seed in (0, 0, 1))
+    assert len(one.dataset.reader.class_to_idx) == 10 and len(one) == 16
+    assert one.indices == two.indices != three.indices
+    assert len(models.choose_images(str(digits_folder), 1000, 0)) == 40
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_as_many_channels_as_the_network_takes(channels, digits_folder, tmp_path):
+    torch.manual_seed(5)
+    model = timm.create_model("test_vit", num_classes=10, in_chans=channels).eval()
+    args = argparse.Namespace(model="test_vit", num_classes=10, in_chans=channels, crop_pct=1.0)
+    content = {"args": args, "state_dict": model.state_dict()}
+    torch.save(content, tmp_path / "c.pth")
+    argv = ["--model", "test_vit", "--data-dir", str(digits_folder), "--num-images", "20"]
+    argv += ["--checkpoint", str(tmp_path / "c.pth"), "--no-importance", "--device", "cpu"]
+    assert features.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    images = models.choose_images(str(digits_folder), 20, 0)
+    images.dataset.input_img_mode = {1: "L", 4: "RGBA"}[channels]
+    size = (channels, 160, 160)
+    images.dataset.transform = timm.data.create_transform(
+        size, crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * channels, std=(0.5,) * channels
+    )
+    x, y = next(iter(DataLoader(images, 20)))
+    with torch.no_grad():
+        loss = F.cross_entropy(model(x), y).item()
+    assert f"loss {loss:.4f}" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_channels_that_no_image_has_are_refused(digits_folder, tmp_path, capsys):
+    argv = ["--model", "test_vit", "--data-dir", str(digits_folder), *SMALL]
+    assert "--in-chans 5: images have 1, 3 or 4" in refused(
+        capsys, tmp_path, *argv, "--in-chans", "5"
+    )
 
 
 def refused(capsys, tmp_path, *argv: str) -> str:
@@ -292,7 +322,7 @@ def test_a_checkpoint_of_another_model_is_refused(digits_folder, tmp_path, capsy
     bare = tmp_path / "bare.pth"
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), bare)
     line = refused(capsys, tmp_path, *argv, str(bare))
-    assert "does not fit --model test_vit" in line and "Missing key(s)" in line
+    assert "does not fit --model test_vit" in line and "are missing, unknown or of" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, {"epoch": 3}])
@@ -333,7 +363,7 @@ def test_too_few_images_for_cka_are_refused(tmp_path, capsys):
     write_digits(tmp_path / "data", range(3))  # 12 validation images
     argv = ["--model", "test_vit", "--data-dir", str(tmp_path / "data")]
     assert "has 12 validation images: too few" in refused(capsys, tmp_path, *argv)
-    assert "--num-images: 5 must be 16 or more" in refused(
+    assert "--num-images 5 must be a whole number of at least 16" in refused(
         capsys, tmp_path, *argv, "--num-images", "5"
     )
 
@@ -366,7 +396,7 @@ def test_a_missing_or_unsplit_folder_is_refused(tmp_path, capsys):
     argv = ["--model", "test_vit", "--data-dir"]
     assert "does not exist" in refused(capsys, tmp_path, *argv, str(tmp_path / "no"))
     (tmp_path / "empty").mkdir()
-    assert "no validation images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
+    assert "holds no images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
     write_digits(tmp_path / "half", range(10), val=0)
     assert "no validation/ folder" in refused(capsys, tmp_path, *argv, str(tmp_path / "half"))
 
@@ -383,10 +413,10 @@ def test_a_device_that_is_not_there_and_missing_matplotlib_are_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--batch-size", "0"], ["--batch-size", "0 must be 1 or more"]),
-        (["--img-size", "-1"], ["--img-size", "-1 must be 1 or more"]),
-        (["--seed", "-1"], ["--seed", "-1 must be 0 or more"]),
-        (["--num-classes", "ten"], ["--num-classes", "invalid int value: 'ten'"]),
+        (["--batch-size", "0"], ["--batch-size 0 must be a whole number of at least 1"]),
+        (["--img-size", "-1"], ["--img-size -1 must be a whole number of at least 1"]),
+        (["--seed", "-1"], ["--seed -1 must be a whole number between 0 and"]),
+        (["--num-classes", "ten"], ["--num-classes ten must be a whole number"]),
         (["--pool", "least"], ["--pool", "'least'", "first"]),
         (
             ["--pretrained", "--checkpoint", "x.pth"],

@@ -43,14 +43,13 @@ def draw_similarities(toy_features):
 def draw_training_strip(toy_features):
     _, y, features = toy_features
     histograms = toy_figures.node_histograms(features["blocks"], y)
-    return toy_figures.training_strip([(i, 0.5, histograms) for i in range(6)], "blocks")
+    return toy_figures.training([(i, 0.5, histograms) for i in range(6)], "blocks")
 
 
 def draw_training_frame(toy_features):
     _, y, features = toy_features
-    return toy_figures.training_frame(
-        7, 0.75, toy_figures.node_histograms(features["paths"], y), "paths"
-    )
+    histograms = toy_figures.node_histograms(features["paths"], y)
+    return toy_figures.training([(7, 0.75, histograms)], "paths")
 
 
 def draw_scores(_):

@@ -5,7 +5,6 @@ kinds of colour blindness; nothing is told by colour alone.
 """
 
 import csv
-import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from timm_rdp.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,14 +24,6 @@ WIDTH = 8.0  # inches; at DPI this is the width of a README column
 DPI = 110
 MARKERS = "os^DvPX*"
 TONES = ("#14386b", "#e8705a", "#5fa8a0", "#b0a030", "#7a4a8c", "#8a8a8a")
-
-
-def check_matplotlib() -> None:
-    """Raises UsageError where matplotlib, which only the demo extra installs, is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            'matplotlib is not installed and the figures need it: pip install "timm-rdp[demo]"'
-        )
 
 
 def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure":
@@ -65,6 +54,14 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> No
     """Write the numbers behind a figure."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def write_figure(
+    path: Path, figure: "Figure", header: Iterable[str], rows: Iterable[Iterable]
+) -> None:
+    """Write a figure as `path`.png and the numbers behind it as `path`.csv."""
+    save(figure, path.with_suffix(".png"))
+    write_csv(path.with_suffix(".csv"), header, rows)
 
 
 def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int) -> None:

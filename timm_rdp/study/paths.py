@@ -3,30 +3,34 @@
 import argparse
 import json
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from timm_rdp.core.rdp import ResidualDropPath
-from timm_rdp.errors import UsageError, report
-from timm_rdp.study.options import RATE, Parser, at_least, refused_model
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.errors import UsageError, refused_with, report
+from timm_rdp.study.options import RATE
+from timm_rdp.training.flags import COUNT, KeyValues, Parser, show_defaults
+from timm_rdp.training.model import create_model, img_size_kwargs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table that the command line asks for, and return the exit status."""
     try:
         args = _parser().parse_args(argv)
-        rdp = _patch(args.model, args.drop_path, args.img_size)
+        rdp = _patch(args)
     except UsageError as error:
         return report(error)
     table = {"model": args.model, "drop_path": args.drop_path, **describe(rdp)}
-    print(json.dumps(table, indent=2) if args.json else as_text(table))
+    try:
+        print(json.dumps(table, indent=2) if args.json else as_text(table), flush=True)
+    except BrokenPipeError:  # whoever reads it has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
     return 0
 
 
@@ -112,7 +116,7 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp paths",
         description="List a model's residual paths and the parameters that each one carries: those "
@@ -120,28 +124,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="name of a timm model")
-    rate = "drop path rate that it is created with (default: 0.1)"
+    rate = "drop path rate that it is created with"
     add("--drop-path", type=RATE, default=0.1, metavar="RATE", help=rate)
     size = "size of the square images that it takes (default: the model's own)"
-    add("--img-size", type=at_least(1), metavar="N", help=size)
+    add("--img-size", type=COUNT, help=size)
+    pairs = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}
+    add("--model-kwargs", **pairs, help="further arguments of the model")
     add("--json", action="store_true", help="print JSON, with the names of all parameters")
-    return parser
+    return show_defaults(parser)
 
 
-def _patch(name: str, drop_path: float, img_size: int | None) -> ResidualDropPath:
+def _patch(args: argparse.Namespace) -> ResidualDropPath:
     """The model's controller; the model is on the meta device if it can be created there."""
-    kwargs: dict[str, Any] = {"drop_path_rate": drop_path}
-    example_input = None
-    with refused_model(name):
-        if img_size:
-            sizes = {"img_size": img_size, "input_size": None, "in_chans": None}
-            kwargs |= img_size_kwargs(argparse.Namespace(model=name, model_kwargs={}, **sizes))
-            example_input = torch.empty(2, 3, img_size, img_size, device="meta")
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name, **kwargs)
-        except (NotImplementedError, RuntimeError):  # its constructor reads values
-            model = timm.create_model(name, **kwargs)
+    if "drop_path_rate" in args.model_kwargs:
+        raise UsageError("--model-kwargs drop_path_rate=...: give --drop-path")
+    sized = argparse.Namespace(**vars(args), input_size=None)
+    kwargs = {**args.model_kwargs, **img_size_kwargs(sized), "drop_path_rate": args.drop_path}
+    what, example_input = f"--model {args.model}", None
+    if size := args.img_size:
+        what += f" --img-size {size}"
+        example_input = torch.empty(2, kwargs.get("in_chans", 3), size, size, device="meta")
+    try:
+        with torch.device("meta"):
+            model = create_model(args.model, **kwargs)
+    except UsageError:  # its constructor reads values, or else the CPU refuses it too
+        model = create_model(args.model, **kwargs)
+    with refused_with(what):
         return ResidualDropPath(model, example_input=example_input)
 
 

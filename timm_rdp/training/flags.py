@@ -36,6 +36,11 @@ def build_parser() -> Parser:
     add_rdp_args(parser)
     for title, add_flags in _GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
+    return show_defaults(parser)
+
+
+def show_defaults(parser: Parser) -> Parser:
+    """Give the flags' help texts their defaults, and N or TEXT where they name no value."""
     for action in parser._actions:
         if action.nargs != 0 and not (action.choices or action.metavar):
             action.metavar = "N" if action.type else "TEXT"

@@ -80,8 +80,9 @@ def _explain(name: str, text: str) -> str:
     unknown = keyword.group(1)
     if unknown == "drop_path_rate":
         return (
-            f"--model {name} takes no drop_path_rate and so has no paths: leave --drop-path out or "
-            "choose a model with stochastic depth, such as vit_small_patch16_224 or resnet50"
+            f"--model {name} takes no drop_path_rate and so has no paths: choose a model with "
+            "stochastic depth, such as vit_small_patch16_224 or resnet50 (to train this one all "
+            "the same, leave --drop-path out)"
         )
     flag = _FLAGS.get(unknown, f"--model-kwargs {unknown}=...")
     return f"--model {name} takes no {unknown}: leave {flag} out or choose another --model"

@@ -10,21 +10,49 @@ import torch
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import refused_with
-from timm_rdp.study.compare.flops import FlopCounter
 from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.inputs import example_input
 from timm_rdp.training.model import build_model, setup_precision
 
-# What `count_costs` counts of a model that has paths beside "update".
-COSTS_OF_PATHS = ("droppath", "complement", "complements")
 FLOP_CYCLES = 50
 UPDATE_CYCLES = 200
+
+
+def convolution_backward_flops(
+    grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_kwargs: Any
+) -> int:
+    """FLOPs of a convolution's backward: each of its two gradients takes as many as the forward.
+
+    Torch's own formula (2.15) counts the gradient of the weight `groups` times over, which makes a
+    depthwise model's backward look several times as large as it is.
+
+    Args:
+        grad_out_shape: (B, C_out, ...).
+        x_shape: (B, C_in, ...).
+        w_shape: (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
+        rest: bias, stride, padding, dilation, transposed, output_padding, groups, and whether the
+            gradients of input, weight and bias are asked for; that of the bias counts as nothing.
+    """
+    *_, transposed, _, _, output_mask = rest
+    forward = conv_flop_count(x_shape, w_shape, grad_out_shape, transposed=transposed)
+    return sum(output_mask[:2]) * forward
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of the FLOPs of what runs within it, also on the meta device.
+
+    Matrix products, attention and convolutions count, 2 for a multiplication and its addition;
+    elementwise operations, normalisation and pooling count as nothing.
+    """
+    backward = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=backward)
 
 
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
@@ -78,7 +106,7 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
         with refused_with(f"--model {args.model}"):
             rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
         trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
-        costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
+        costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
     if args.naflex_loader:
         return costs
     batch = args.batch_size * max(1, args.aug_splits)
@@ -86,13 +114,13 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     images = torch.empty((batch, *data_config["input_size"]), device="meta", dtype=dtype)
     try:
         update = _flops(model, images)
-        phases = () if rdp is None else _phases(rdp, images)
+        phases = _phases(rdp, images) if rdp else {}
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
     if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
-        phases = [update for _ in phases]
-    counted = zip(("update", *COSTS_OF_PATHS), (update, *phases), strict=False)
-    return costs | {name: flops / args.batch_size for name, flops in counted}
+        phases = dict.fromkeys(phases, update)
+    counted = {"update": update, **phases}
+    return costs | {name: flops / args.batch_size for name, flops in counted.items()}
 
 
 def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
@@ -101,15 +129,15 @@ def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
-    with FlopCounter() as counter:
+    with flop_counter() as counter:
         outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
         torch.autograd.backward([output.sum() for output in outputs])
     model.zero_grad()
-    return counter.flops
+    return counter.get_total_flops()
 
 
-def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
-    """FLOPs of the mean droppath iteration and of the mean complement iteration."""
+def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> dict[str, float]:
+    """FLOPs of the mean iteration of each phase."""
     known: dict[tuple, int] = {}
     counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
     cycles = tqdm(range(FLOP_CYCLES), "counting what an update costs", leave=False, disable=None)
@@ -120,7 +148,7 @@ def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
                 if key not in known:
                     known[key] = _flops(rdp.model, images)
             counts[it.phase].append(known[key])
-    return fmean(counts[DROPPATH]), fmean(counts[COMPLEMENT] or [0.0])
+    return {phase: fmean(own or [0.0]) for phase, own in counts.items()}
 
 
 def flops_per_image(variant: str, costs: dict, every: int) -> float:

@@ -10,9 +10,18 @@ from typing import Any
 from timm_rdp.errors import UsageError
 from timm_rdp.study.compare.figure import draw
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
-from timm_rdp.study.compare.results import Row, read_results, tabulate
+from timm_rdp.study.compare.results import (
+    REFERENCES,
+    Comparison,
+    Mean,
+    Row,
+    p_text,
+    read_results,
+    sentences,
+    signed,
+    tabulate,
+)
 from timm_rdp.study.compare.runs import MATCHED
-from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
 from timm_rdp.study.figures import save
 from timm_rdp.training.files import write_atomically
 
@@ -23,14 +32,12 @@ def write_report(output: Path, pick: str = "last") -> str:
     """Write the four outputs from what a folder holds, finished or not, and return what it says.
 
     Raises:
-        UsageError: there is no comparison, or no run that has begun.
+        UsageError: there is no comparison.
     """
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
     results = read_results(output, grid, pick)
-    if not results:
-        raise UsageError(f"--report {output}: holds no run yet; start it without --report")
     table, comparisons = tabulate(results)
     said = _said(table, comparisons)
     image = io.BytesIO()
@@ -130,7 +137,7 @@ def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
         missing[place] = row.missing
     if missing:
         listed = "; ".join(f"{place}: {what}" for place, what in missing.items())
-        said.append(f"Runs that are not in the means: {listed}.")
+        said.append(f"Runs left out of the means: {listed}.")
     return [f"- {line}" for line in said]
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,9 @@ FOR_RDP = ("rdp_every", "rdp_start_epoch")
 MATCHED = "droppath-matched"
 RECIPE = "recipe.yaml"
 
-DONE, FAILED, DIVERGED, INTERRUPTED = "done", "failed", "diverged", "interrupted"
+DONE, FAILED, DIVERGED = "done", "failed", "diverged"
+INTERRUPTED, NOT_BEGUN = "interrupted", "not begun"
 
-_NAME = re.compile(rf"({'|'.join(VARIANTS)})(?:-(0\.\d+|\d(?:\.\d+)?e-\d+))?-seed(\d+)")
 # How the training command says that numbers ran away.
 _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is not a finite)")
 _NEVER = 1_000_000_000  # droppath iterations until a complement iteration
@@ -67,6 +67,16 @@ class Training:
     epochs: int
 
 
+@dataclass
+class Record:
+    """What became of a run, as its .json says; `seconds` is None where part was not measured."""
+
+    seconds: float | None
+    epochs: int
+    error: str
+    status: str
+
+
 class _Attempt(NamedTuple):
     training: Training
     process: subprocess.Popen
@@ -74,18 +84,12 @@ class _Attempt(NamedTuple):
     log_start: int
 
 
-def cell_of_name(name: str) -> Cell | None:
-    """The cell that a folder of this name holds; None for any other folder."""
-    match = _NAME.fullmatch(name)
-    if not match or (match[1] == "plain") != (match[2] is None):
-        return None
-    return Cell(match[1], None if match[2] is None else float(match[2]), int(match[3]))
-
-
-def all_cells(output: Path, asked: Iterable[str] = ()) -> list[Cell]:
-    """Every cell that was asked for by name or that the folder has something of, in fixed order."""
-    names = {path.name.removesuffix(".json") for path in (output / "runs").glob("*-seed*")}
-    cells = [cell for name in names.union(asked) if (cell := cell_of_name(name)) is not None]
+def cells_of(names: Iterable[str]) -> list[Cell]:
+    """The cells of these names, in the order of the tables."""
+    cells = []
+    for name in names:
+        variant, rate, seed = re.findall(r"(.+?)(?:-(\d.*))?-seed(\d+)", name)[0]
+        cells.append(Cell(variant, float(rate) if rate else None, int(seed)))
     return sorted(cells, key=lambda c: (c.drop_path or 0.0, VARIANTS.index(c.variant), c.seed))
 
 
@@ -102,29 +106,24 @@ def variant_flags(variant: str, drop_path: float | None, options: argparse.Names
     return flags
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What is known of a run: status, seconds, epochs, error.
-
-    Status "" is a run that has not begun, or whose folder was removed.
+def read_record(folder: Path) -> Record:
+    """What is known of a run.
 
     Raises:
         UsageError: what there is of it is damaged.
     """
-    begun, epochs, file = folder.is_dir(), epochs_done(folder), Path(f"{folder}.json")
-    status = INTERRUPTED if begun else ""
-    unfinished = {"status": status, "seconds": None, "epochs": epochs, "error": ""}
+    file, begun, (epochs, _) = Path(f"{folder}.json"), folder.is_dir(), read_summary(folder)
+    unfinished = Record(None, epochs, "", INTERRUPTED if begun else NOT_BEGUN)
     if not file.exists():
         return unfinished
     with refused_with(f"{file} is damaged, delete it"):
-        record = json.loads(file.read_text())
-        if record.keys() != unfinished.keys() or record["status"] not in (DONE, DIVERGED, FAILED):
-            raise ValueError("not the record of a run")
-    if record["status"] == DONE and not begun:
-        return unfinished
+        record = Record(**json.loads(file.read_text()))
+    if record.status != DONE:
+        return record
     with damage_named(folder):
-        if record["status"] == DONE and record["epochs"] != epochs:
-            raise ValueError(f"{epochs} of {record['epochs']} epochs")
-    return record
+        if begun and record.epochs != epochs:
+            raise ValueError(f"{epochs} of {record.epochs} epochs")
+    return record if begun else unfinished
 
 
 def damage_named(folder: Path) -> AbstractContextManager[None]:
@@ -132,17 +131,12 @@ def damage_named(folder: Path) -> AbstractContextManager[None]:
     return refused_with(f"{folder / SUMMARY} is damaged, delete {folder}")
 
 
-def summary_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv, none where there is no such file."""
+def read_summary(folder: Path) -> tuple[int, list[dict[str, str]]]:
+    """How many epochs a run's summary.csv goes up to, and its rows; none without the file."""
     with damage_named(folder):
         text = (folder / SUMMARY).read_text() if (folder / SUMMARY).exists() else ""
-        return list(csv.DictReader(text.splitlines()))
-
-
-def epochs_done(folder: Path) -> int:
-    """How many epochs a run's summary.csv goes up to."""
-    with damage_named(folder):
-        return max((int(row["epoch"]) + 1 for row in summary_rows(folder)), default=0)
+        rows = list(csv.DictReader(text.splitlines()))
+        return (int(rows[-1]["epoch"]) + 1 if rows else 0), rows
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -239,7 +233,7 @@ def _start(training: Training, environment: Mapping[str, str], lock: int) -> _At
 def _finish(attempt: _Attempt, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
     folder, code = attempt.training.folder, attempt.process.returncode
-    status, error, seconds, epochs = DONE, "", None, epochs_done(folder)
+    status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
     if code or epochs < attempt.training.epochs:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
@@ -249,7 +243,7 @@ def _finish(attempt: _Attempt, stopped: bool) -> str:
     # all is set up. Of a resumed run only a part was measured.
     if attempt.first and (folder / "args.yaml").exists():
         seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
-    record = {"seconds": seconds, "epochs": epochs, "error": error, "status": status}
+    record = asdict(Record(seconds, epochs, error, status))
     write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())
     return f"{folder.name} {status}" + (f": {error} (see {folder}.log)" if error else "")
 

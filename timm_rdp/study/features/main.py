@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_rdp.errors import UsageError, refused_with, report
-from timm_rdp.study.features.images import MIN_IMAGES, Images
 from timm_rdp.study.features.layers import POOLS, Recorder, choose, dropped
-from timm_rdp.study.features.models import Source, build, read_source, trace
+from timm_rdp.study.features.models import (
+    MIN_IMAGES,
+    Source,
+    build,
+    choose_images,
+    read_source,
+    trace,
+)
 from timm_rdp.study.features.similarity import (
     cka_matrix,
     cosine_matrix,
@@ -27,20 +33,19 @@ from timm_rdp.study.features.similarity import (
     revisit_score,
 )
 from timm_rdp.study.figures import (
-    check_matplotlib,
     lines_per_layer,
     path_importance,
     save,
     similarity_grid,
     write_csv,
+    write_figure,
 )
-from timm_rdp.study.options import Parser, at_least
+from timm_rdp.study.options import at_least, check_installed
 from timm_rdp.training.files import check_output
+from timm_rdp.training.flags import COUNT, SEED, Parser, show_defaults
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6
-# How a checkpoint's images were prepared, as timm's data config calls it.
-DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 @dataclass
@@ -67,50 +72,48 @@ class Network:
     skipped: set[str] = field(default_factory=set)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp features",
         description="Layer similarity (CKA, cosine), revisit score, effective rank and path "
         "importance of a timm model, for one or more checkpoints side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    count = at_least(1)
-    add("--model", required=True, help="timm's name of the model")
+    add("--model", required=True, metavar="NAME", help="name of a timm model")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
     one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
-    add("--data-dir", metavar="DIR", help="images, as for training; without it the demo's digits")
+    add("--data-dir", metavar="DIR", help="images, as for training (default: the demo's digits)")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
     images = "validation images to use at most"
     add("--num-images", type=at_least(MIN_IMAGES), default=256, help=images)
-    seed = "of their choice, and of weights that are random"
-    add("--seed", type=at_least(0), default=0, help=seed)
-    add("--batch-size", type=count, default=32, help="images at a time")
+    seed = "of their choice, and of weights that are random (default: 0)"
+    add("--seed", type=SEED, default=0, help=seed)
+    add("--batch-size", type=COUNT, default=32, help="images at a time")
     add("--layers", nargs="+", metavar="NAME", help="only these paths and modules; * is any text")
     add("--pool", choices=POOLS, default="mean", help="positions of a layer to one value a channel")
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
-    unless = ", where the checkpoint does not say"
-    add("--num-classes", type=count, help=f"the model's outputs{unless}")
-    add("--img-size", type=count, help=f"image size{unless}")
-    add("--in-chans", type=count, help=f"image channels{unless}")
-    add("--device", help="the best there is, unless given")
-    return parser
+    else_own = "(default: the checkpoint's, else the {}')"
+    add("--num-classes", type=COUNT, help=f"the model's outputs {else_own.format('images')}")
+    add("--img-size", type=COUNT, help=f"image size {else_own.format('model')}")
+    add("--in-chans", type=COUNT, help="image channels (default: the checkpoint's, else 3)")
+    add("--device", help="default: the best there is")
+    return show_defaults(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp features`; returns its exit status."""
     try:
         args = _parser().parse_args(argv)
-        check_matplotlib()
+        check_installed("matplotlib")
         output = check_output(args.output)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with refused_with(f"--device {device}"):
             torch.empty(0, device=device)
-        images = Images(args.data_dir, args.num_images, args.seed)
+        images = choose_images(args.data_dir, args.num_images, args.seed)
         networks = [observe(args, images, source, device) for source in read_sources(args)]
         write(args, output, images, networks)
     except UsageError as error:
@@ -128,10 +131,9 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     if not files:
         untrained = f"untrained (seed {args.seed})"
         return [Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
-    labels = labels or short_names(files)
     return [
         read_source(path, args.model, args.use_ema, label)
-        for path, label in zip(files, labels, strict=True)
+        for path, label in zip(files, labels or short_names(files), strict=True)
     ]
 
 
@@ -148,17 +150,17 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def observe(args: argparse.Namespace, images: Images, source: Source, device: str) -> Network:
+def observe(args: argparse.Namespace, images: Subset, source: Source, device: str) -> Network:
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
-    model, sizes = build(args, source, images.classes)
-    known = {k: v for k, v in source.settings.items() if k in DATA_SETTINGS and v is not None}
-    data = resolve_data_config({**sizes, **known}, model=model)
+    dataset: Any = images.dataset
+    classes = len(dataset.reader.class_to_idx)
+    model, data, mode = build(args, source, classes)
     paths, modules = choose(model, trace(args.model, model, data["input_size"]), args.layers)
-    outputs = getattr(model, "num_classes", images.classes)
-    if not args.no_importance and outputs != images.classes:
+    outputs = getattr(model, "num_classes", classes)
+    if not args.no_importance and outputs != classes:
         raise UsageError(
-            f"{source.label} tells {outputs} classes apart, the images have {images.classes}: path "
+            f"{source.label} tells {outputs} classes apart, the images have {classes}: path "
             "importance needs its own classes; give --data-dir with those, or --no-importance"
         )
     model.to(device)
@@ -170,17 +172,16 @@ def observe(args: argparse.Namespace, images: Images, source: Source, device: st
     def add_up(name: str, logits: Any, y: Tensor) -> None:
         if isinstance(logits, tuple | list):  # distilled models: one output a head
             logits = torch.stack(list(logits)).mean(0)
-        if outputs == images.classes:
+        if outputs == classes:
             losses[name] += F.cross_entropy(logits.float(), y, reduction="sum").item()
             correct[name] += int((logits.argmax(1) == y).sum())
         bar.update(len(y))
 
-    transform: Any = create_transform(**data)
+    dataset.transform, dataset.input_img_mode = create_transform(**data), mode
     recorder = Recorder(model, paths, modules, len(images), args.pool, with_input=not args.layers)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
     bar = tqdm(total=len(images) * (1 + len(dropping)), unit="image", desc=source.label)
     with bar:
-        for x, y in images.batches(args.batch_size, transform, mode):
+        for x, y in DataLoader(images, args.batch_size):
             x, y = x.to(device), y.to(device)
             add_up("", recorder(x), y)
             for path in dropping:
@@ -214,21 +215,16 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
     )
 
 
-def write(args: argparse.Namespace, output: Path, images: Images, networks: list[Network]) -> None:
+def write(args: argparse.Namespace, output: Path, images: Subset, networks: list[Network]) -> None:
     """Figures, tables, summary."""
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
     kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
     grid = [(KINDS[kind], 0, [own.cka for own in layers]) for kind, layers in kinds.items()]
     title = f"Layer similarity in {args.model}, {len(images)} images"
-    figure = similarity_grid(grid, labels, "similarity (linear CKA)", title)
-    save(figure, output / "similarity.png")
-    ranks = [(KINDS[kind], [own.rank for own in layers]) for kind, layers in kinds.items()]
-    title = f"Dimensions that the features of {args.model} use"
-    figure = lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
-    save(figure, output / "rank.png")
-    write_csv(
-        output / "similarity.csv",
+    write_figure(
+        output / "similarity",
+        similarity_grid(grid, labels, "similarity (linear CKA)", title),
         ("network", "layers", "number", "name", "other_number", "other_name", "cka", "cosine"),
         (
             (n.label, kind, i, a, j, b, f"{own.cka[i, j]:.6f}", f"{own.cosine[i, j]:.6f}")
@@ -238,14 +234,17 @@ def write(args: argparse.Namespace, output: Path, images: Images, networks: list
             for j, b in enumerate(own.names)
         ),
     )
+    ranks = [(KINDS[kind], [own.rank for own in layers]) for kind, layers in kinds.items()]
+    title = f"Dimensions that the features of {args.model} use"
+    figure = lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
+    save(figure, output / "rank.png")
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
     write_csv(output / "layers.csv", header, (row for n in networks for row in _layer_rows(n)))
-    if networks[0].importance:
-        names = list(networks[0].importance)
+    if names := list(networks[0].importance):
         rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
-        save(path_importance(names, rises, labels), output / "importance.png")
-        write_csv(
-            output / "importance.csv",
+        write_figure(
+            output / "importance",
+            path_importance(names, rises, labels),
             ("network", "path", "loss", "accuracy", "loss_rise"),
             (
                 (n.label, path, *(f"{value:.6f}" for value in values))
@@ -267,10 +266,11 @@ def _layer_rows(network: Network) -> Iterator[tuple]:
             yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
 
 
-def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -> str:
+def summary(args: argparse.Namespace, images: Subset, networks: list[Network]) -> str:
     """What was measured, as plain text."""
+    dataset: Any = images.dataset
     lines = [
-        f"{args.model}: {len(images)} validation images of {images.classes} classes from "
+        f"{args.model}: {len(images)} validation images of {len(dataset.reader.class_to_idx)} classes from "
         f"{'--data-dir ' + args.data_dir if args.data_dir else 'the demo (handwritten digits)'}",
         f"CKA: linear, {args.cka}; positions pooled: {args.pool}; revisit score: 0 where features "
         "only stay or drift away, 1 where all are lost and come back",

@@ -1,4 +1,4 @@
-"""Models by name and checkpoint, for `timm-rdp features`."""
+"""Models by name and checkpoint, and images to pass through them, for `timm-rdp features`."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,17 +6,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
-from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
+from torch.utils.data import Subset
 
 import timm_rdp
-from timm_rdp.errors import UsageError, one_line, refused_with
-from timm_rdp.study.options import refused_model
-from timm_rdp.training.checkpoint import read_checkpoint
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.training.checkpoint import check_fit, read_checkpoint, weights_of
+from timm_rdp.training.data import make_dataset
+from timm_rdp.training.model import create_model, img_size_kwargs
+from timm_rdp.training.options import prepare_demo
+
+# Fewer images than this say more about themselves than about the layers.
+MIN_IMAGES = 16
+# How a checkpoint's images were prepared, as timm's data config calls it.
+DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+
+def choose_images(folder: str | None, count: int, seed: int) -> Subset:
+    """Some of a folder's validation images, drawn with a seed.
+
+    Args:
+        folder: as for training, with a `validation` or `val` folder of class folders, or class
+            folders themselves; None for the demo's digits.
+        count: how many images to take at most.
+        seed: which.
+
+    Raises:
+        UsageError: no such folder, no validation split, or too few images.
+    """
+    root = folder or str(prepare_demo())
+    args = {"dataset": "", "data_dir": root, "class_map": "", "input_key": None}
+    dataset = make_dataset(argparse.Namespace(val_split="validation", **args), "RGB", False)
+    if Path(root, "train").is_dir() and Path(dataset.reader.root) == Path(root):
+        raise UsageError(
+            f"--data-dir {root} has train/ but no validation/ folder; add one, or give a folder "
+            "that has class folders only"
+        )
+    if len(dataset) < MIN_IMAGES:
+        raise UsageError(
+            f"--data-dir {root} has {len(dataset)} validation images: too few to compare layers "
+            f"(CKA); give {MIN_IMAGES} or more"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return Subset(dataset, order[:count].sort().values.tolist())
 
 
 @dataclass
@@ -41,30 +79,25 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     Raises:
         UsageError: missing, unreadable, without weights, or of another model.
     """
+    what = f"--checkpoint {path}"
     if Path(path).suffix == ".safetensors":
-        with refused_with(f"--checkpoint {path}: cannot be read"):
+        with refused_with(f"{what}: cannot be read"):
             return Source(label, path, load_state_dict(path))
     # Left on disk until used: optimizer state is never read.
     content = read_checkpoint(path, "--checkpoint", mmap=True)
-    if not isinstance(content, Mapping):
-        raise UsageError(f"--checkpoint {path}: holds no weights; use a training run's checkpoint")
-    settings = content.get("args") or {}
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
-    trained = settings.get("model") or content.get("arch")
+    known = content if isinstance(content, Mapping) else {}
+    if use_ema:
+        content = known.get("state_dict_ema") or known.get("model_ema")
+        if not content:
+            raise UsageError(f"{what}: holds no EMA weights; leave --use-ema out")
+    weights = weights_of(content, what)[1]
+    settings = known.get("args") or {}
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    trained = settings.get("model") or known.get("arch")
     if isinstance(trained, str) and trained.split(".")[0] != model.split(".")[0]:
         raise UsageError(
-            f"--checkpoint {path}: is of {trained}, not of --model {model}; "
-            f"give --model {trained} or another checkpoint"
-        )
-    keys = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
-    key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
-    if use_ema and key is None:
-        raise UsageError(f"--checkpoint {path}: holds no EMA weights; leave --use-ema out")
-    weights = clean_state_dict(dict(content[key] if key else content))
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise UsageError(
-            f"--checkpoint {path}: holds no weights (no 'state_dict' of tensors); "
-            "use a training run's checkpoint"
+            f"{what}: is of {trained}, not of --model {model}; give --model {trained} or another "
+            "checkpoint"
         )
     return Source(label, path, weights, settings)
 
@@ -83,7 +116,7 @@ def class_count(source: Source, model: str, asked: int | None, of_data: int) -> 
 
 def build(
     args: argparse.Namespace, source: Source, classes: int
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any], str]:
     """Create a model in eval mode, with a DropPath on every path, and load the source's weights.
 
     Args:
@@ -93,41 +126,46 @@ def build(
         classes: how many the images have.
 
     Returns:
-        the model, and what timm's data config needs to know of its images
+        the model, timm's data config and PIL's mode of its images
 
     Raises:
-        UsageError: timm cannot build it so, it takes no drop path rate, or the weights do not fit.
+        UsageError: timm cannot build it so, it takes no drop path rate, the weights do not fit, or
+            no images have as many channels.
     """
     trained = source.settings
     sizes = {name: getattr(args, name) or trained.get(name) for name in ("img_size", "in_chans")}
     sizes["input_size"] = None if args.img_size else trained.get("input_size")
+    channels = sizes["in_chans"] or (sizes["input_size"] or [3])[0]
     outputs = None
     if not args.pretrained or args.num_classes:
         outputs = class_count(source, args.model, args.num_classes, classes)
     kwargs = dict(trained.get("model_kwargs") or {})
-    with refused_model(args.model):
-        asked = argparse.Namespace(model=args.model, model_kwargs=kwargs, **sizes)
-        # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained,
-            num_classes=outputs,
-            in_chans=sizes["in_chans"] or (sizes["input_size"] or [3])[0],
-            global_pool=trained.get("gp"),
-            drop_path_rate=0.1,
-            **kwargs | img_size_kwargs(asked),
-        )
+    asked = argparse.Namespace(model=args.model, model_kwargs=kwargs, **sizes)
+    # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
+    kwargs |= img_size_kwargs(asked) | {"drop_path_rate": 0.1}
+    model = create_model(
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=outputs,
+        in_chans=channels,
+        global_pool=trained.get("gp"),
+        **kwargs,
+    )
     if source.weights is not None:
-        try:
-            model.load_state_dict(source.weights)
-        except RuntimeError as error:  # it lists all names
-            raise UsageError(
-                f"--checkpoint {source.path}: does not fit --model {args.model} with these "
-                f"--num-classes and --img-size: {one_line(error)[:300]}"
-            ) from error
-        source.weights = None
+        check_fit(model, source.weights, f"--checkpoint {source.path}", args.model)
+        model.load_state_dict(source.weights)
     fill_drop_path_slots(model)
-    return model.eval(), sizes
+
+    known = {name: trained[name] for name in DATA_SETTINGS if trained.get(name) is not None}
+    data = resolve_data_config({**known, **sizes, "in_chans": channels}, model=model)
+    data["input_size"] = (channels, *data["input_size"][1:])
+    data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
+    mode = trained.get("input_img_mode") or {1: "L", 4: "RGBA"}.get(channels, "RGB")
+    if len(Image.new(mode, (1, 1)).getbands()) != channels:
+        raise UsageError(
+            f"--in-chans {channels}: images have 1, 3 or 4 channels; give one of these"
+        )
+    return model.eval(), data, mode
 
 
 def fill_drop_path_slots(model: nn.Module) -> None:
@@ -144,9 +182,8 @@ def trace(name: str, model: nn.Module, size: tuple[int, int, int]) -> tuple[timm
     Raises:
         UsageError: it has none.
     """
-    with refused_model(name):
+    with refused_with(f"--model {name}"):
         rdp = timm_rdp.ResidualDropPath(model, example_input=torch.zeros(2, *size))
-    paths = rdp.paths
     rdp.detach()
     model.eval()
-    return paths
+    return rdp.paths

@@ -1,16 +1,13 @@
 """Fig. 5 of the paper: a cycle's stages, drawn from a real mask of a real model."""
 
-import textwrap
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import timm
-
-import timm_rdp
-from timm_rdp.errors import UsageError
+from timm_rdp import ResidualDropPath
+from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.study.figures import BLUE, new_figure
-from timm_rdp.study.options import refused_model
+from timm_rdp.training.model import create_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,23 +54,24 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
     Raises:
         UsageError: unknown model, or one without residual paths.
     """
-    with refused_model(name):
-        model = timm.create_model(name, drop_path_rate=drop_path)
-        rdp = timm_rdp.ResidualDropPath(model, seed=seed)
+    model = create_model(name, drop_path_rate=drop_path)
+    with refused_with(f"--model {name}"):
+        rdp = ResidualDropPath(model, seed=seed)
     size = {n: p.numel() for n, p in model.named_parameters()}
     count = lambda names: sum(size[n] for n in names)
-    droppath = complement = None
+    iterations = []
     for _ in range(10_000):
-        with rdp.iteration() as iteration:  # nothing is trained in it
-            pass
-        if iteration.phase == "complement":
-            complement = iteration
+        iterations.clear()
+        for iteration in rdp.cycle():
+            with iteration:  # nothing is trained in it
+                iterations.append(iteration)
+        if len(iterations) == 2:
             break
-        droppath = iteration
-    if droppath is None or complement is None:
+    else:
         raise UsageError(
             f"--model-drop-path {drop_path}: nothing was dropped in 10000 cycles; give a higher one"
         )
+    droppath, complement = iterations
     return CycleOfModel(
         model=name,
         cycle=droppath.cycle,
@@ -98,9 +96,8 @@ def draw(cycle: CycleOfModel) -> "Figure":
     from matplotlib.patches import Patch
 
     names = [row.name for row in cycle.rows]
-    lines = -(-len(names) // PER_LINE)
     figure = new_figure(
-        height=3 * (0.5 + (0.85 if _names_upright(names) else 1.25) * lines) + 1.2,
+        height=3 * (0.5 + 1.25 * -(-len(names) // PER_LINE)) + 1.2,
         title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
         "(a box is a path; the line below is the residual stream, with all that is on no path "
         "at its ends)",
@@ -131,30 +128,12 @@ def draw(cycle: CycleOfModel) -> "Figure":
     return figure
 
 
-def _names_upright(names: list[str]) -> bool:
-    """Whether the blocks' names fit below their paths without being turned."""
-    blocks = [_block(name) for name in names]
-    narrowest = min(blocks.count(block) for block in blocks)
-    room = 7 * narrowest * (PER_LINE + 2) / (min(PER_LINE, len(names)) + 2)
-    return all(len(part) <= room for block in blocks for part in _broken(block).split("\n"))
-
-
-def _block(name: str) -> str:
-    return name.partition("#")[0].rpartition(".")[0]
-
-
-def _broken(block: str) -> str:
-    """A block's name, broken at its dots."""
-    return "\n".join(textwrap.wrap(block.replace(".", ". "), 8)).replace(" ", "")
-
-
 def _stage(axes: "Axes", names: list[str], states: list[str], rest: str) -> None:
     """The network in one stage; `rest` is what everything does that is on no path."""
-    upright = _names_upright(names)
-    pitch = 1.7 if upright else 2.5
+    pitch = 2.5
     starts = range(0, len(names), PER_LINE)
-    width = min(PER_LINE, len(names)) + 1.6
-    axes.set(xlim=(-0.6, width), ylim=(-pitch * len(starts) + 1.05, 1.15))
+    axes.set(xlim=(-0.6, min(PER_LINE, len(names)) + 1.6))
+    axes.set(ylim=(-pitch * len(starts) + 1.05, 1.15))
     axes.axis("off")
     for line, start in enumerate(starts):
         y = -pitch * line
@@ -169,7 +148,12 @@ def _stage(axes: "Axes", names: list[str], states: list[str], rest: str) -> None
             axes.plot([i - 0.42, i - 0.42, i + 0.42, i + 0.42], [y, y + 0.7, y + 0.7, y], **wire)
             axes.plot(i + 0.42, y, "o", color="black", markersize=2.5)
             _box(axes, i, y + 0.7, state, 0.28)
-        _block_names(axes, own, y, upright)
+        end = 0
+        for block, paths in groupby(own, lambda name: name.partition("#")[0].rpartition(".")[0]):
+            first, end = end, end + len(list(paths))
+            axes.plot([first + 0.6, end + 0.4], [y - 0.2, y - 0.2], color="#6a6a6a", linewidth=0.8)
+            look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90}
+            axes.text((first + end + 1) / 2, y - 0.3, block[-16:], **look)
 
 
 def _box(axes: "Axes", x: float, y: float, state: str, half: float) -> None:
@@ -179,14 +163,3 @@ def _box(axes: "Axes", x: float, y: float, state: str, half: float) -> None:
     axes.add_patch(Rectangle(corner, 2 * half, 0.54, linewidth=1, zorder=2, **STYLE[state]))
     if state == DROPPED:
         axes.plot(x, y, "x", color=STYLE[DROPPED]["edgecolor"], markersize=7, zorder=3)
-
-
-def _block_names(axes: "Axes", names: list[str], y: float, upright: bool) -> None:
-    """Name the block that each run of paths belongs to, below the stream."""
-    end = 0
-    for block, paths in groupby(names, _block):
-        start, end = end, end + len(list(paths))
-        axes.plot([start + 0.6, end + 0.4], [y - 0.2, y - 0.2], color="#6a6a6a", linewidth=0.8)
-        text = _broken(block) if upright else block[-16:]
-        look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 0 if upright else 90}
-        axes.text((start + end + 1) / 2, y - 0.3, text, **look)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_rdp.study.features.similarity import revisit_score
@@ -184,16 +185,12 @@ def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tens
         of the node's mean in that layer (the outermost take what lies beyond), so that shapes are
         compared and scale is not, as in CKA. A node that is constant has empty bins.
     """
-    out = torch.zeros(len(layers), layers[0].shape[1], 2, bins)
-    for i, layer in enumerate(layers):
-        scaled = layer.double() - layer.double().mean(0)
-        deviation = scaled.std(0)
-        for node in range(layer.shape[1]):
-            if deviation[node] > 1e-6:
-                values = (scaled[:, node] / deviation[node]).clamp(-2.499, 2.499)
-                for value in (0, 1):
-                    out[i, node, value] = torch.histc(values[label == value], bins, -2.5, 2.5)
-    return out
+    x = torch.stack(layers).double()
+    x = x - x.mean(1, keepdim=True)
+    deviation = x.std(1, keepdim=True)
+    place = (x / deviation.clamp(min=1e-6) + 2.5) / 5 * bins
+    one_hot = F.one_hot(place.clamp(0, bins - 1).long(), bins) * (deviation > 1e-6)[..., None]
+    return torch.stack([one_hot[:, label == value].sum(1) for value in (0, 1)], dim=2)
 
 
 def overlap(histograms: Tensor) -> Tensor:
@@ -212,28 +209,24 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: f
 
     All in one axes, a cell a unit square: an axes a cell takes a minute to lay out.
     """
-    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Rectangle
 
     layers, dim, _, bins = histograms.shape
     peak = histograms.amax((2, 3), keepdim=True).clamp(min=1)
-    heights = (histograms / peak * 0.4).numpy()
-    layer, node, bin_ = (v.ravel() for v in np.indices((layers, dim, bins)))
-    left, middle = layer + 0.08 + 0.84 * bin_ / bins, node + 0.5
-    right = left + 0.84 / bins
-    for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
-        top = middle + sign * heights[layer, node, value, bin_]
-        bars = np.array([(left, middle), (left, top), (right, top), (right, middle)])
-        axes.add_collection(PolyCollection(list(bars.transpose(2, 0, 1)), fc=colour, lw=0))
-    framed = set()
-    for n, matrix in enumerate(overlap(histograms)):
+    heights = np.pad(histograms / peak * 0.4, ((0, 0), (0, 0), (0, 0), (0, 1)))  # 0 between cells
+    edges = (np.arange(layers)[:, None] + np.linspace(0.08, 0.92, bins + 1)).ravel()
+    for node, matrix in enumerate(overlap(histograms)):
+        for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
+            tops = node + 0.5 + sign * heights[:, node, value].ravel()[:-1]
+            axes.stairs(tops, edges, baseline=node + 0.5, fill=True, color=colour, linewidth=0)
         start, lost, back = strongest_return(matrix)
-        if matrix[start, back] - matrix[start, lost] >= 0.2:
-            framed |= {(start, n), (back, n)}
-    square = np.array([(0.04, 0.04), (0.04, 0.96), (0.96, 0.96), (0.96, 0.04)])
-    cells = {(i, n) for i in range(layers) for n in range(dim)}
-    for chosen, colour, width in ((cells - framed, GREY, 0.4), (framed, "black", 1.8)):
-        boxes = [square + cell for cell in sorted(chosen)]
-        axes.add_collection(PolyCollection(boxes, fc="none", ec=colour, lw=width))
+        framed = (start, back) if matrix[start, back] - matrix[start, lost] >= 0.2 else ()
+        for layer in range(layers):
+            look: dict[str, Any] = {"edgecolor": GREY, "linewidth": 0.4}
+            if layer in framed:
+                look = {"edgecolor": "black", "linewidth": 1.8, "zorder": 3}
+            corner = (layer + 0.04, node + 0.04)
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, facecolor="none", **look))
     axes.set(xlim=(0, layers), ylim=(dim, 0))
     axes.set_xticks(np.arange(layers) + 0.5, [str(i + first) for i in range(layers)])
     axes.set_yticks(np.arange(dim) + 0.5, [str(n + 1) for n in range(dim)])
@@ -242,34 +235,27 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: f
     axes.set_title(title, fontsize=fontsize + 1)
 
 
-def training_strip(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
+def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
     """Fig. 4: the distributions of every node in every layer, at some steps of the training.
 
     Args:
-        snapshots: (step, accuracy, what `node_histograms` returns).
+        snapshots: (step, accuracy, what `node_histograms` returns); one alone makes a frame of the
+            animation.
         kind: "paths" or "blocks".
     """
-    rows = -(-len(snapshots) // 3)
-    figure = new_figure(
-        height=2.75 * rows + 0.8,
-        title=f"Distribution of every node's value in every layer during training ({LAYERS[kind]})"
-        ";\nframed: a distribution that a node leaves and comes back to in a later layer",
+    columns = min(3, len(snapshots))
+    rows = -(-len(snapshots) // columns)
+    one = len(snapshots) == 1
+    title = (
+        f"Distribution of every node's value in every layer during training ({LAYERS[kind]});\n"
+        "framed: a distribution that a node leaves and comes back to in a later layer"
     )
-    panels = figure.subplots(rows, 3, squeeze=False).ravel()
+    figure = new_figure(4.2, 4.8) if one else new_figure(2.75 * rows + 0.8, title=title)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, (step, accuracy, histograms) in zip(panels, snapshots, strict=False):
-        _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}", 8)
-    box = "layer number; in each box: value of the node, -2.5 to 2.5 standard deviations"
-    figure.supxlabel(box, fontsize=9)
-    figure.supylabel("node; in each box: points (red, up: class 0; blue, down: 1)", fontsize=9)
-    return figure
-
-
-def training_frame(step: int, accuracy: float, histograms: Tensor, kind: str) -> "Figure":
-    """One frame of Fig. 4's animation."""
-    figure = new_figure(height=4.2, width=4.8)
-    title = f"step {step:4d}, accuracy {accuracy:4.0%}"
-    _nodes(figure.subplots(), histograms, FIRST[kind], title, 9)
-    figure.supxlabel("layer number; in each box: the node's value", fontsize=9)
+        title = f"step {step:4d}, accuracy {accuracy:4.0%}"
+        _nodes(panel, histograms, FIRST[kind], title, 9 if one else 8)
+    figure.supxlabel("layer number; in each box: value of the node, ±2.5 deviations", fontsize=9)
     figure.supylabel("node; in each box: points (red: class 0; blue: 1)", fontsize=9)
     return figure
 

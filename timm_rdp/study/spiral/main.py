@@ -1,7 +1,6 @@
 """`timm-rdp spiral`: the paper's toy study, with numbers under its pictures."""
 
 import argparse
-import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -21,12 +20,13 @@ from timm_rdp.study.features.similarity import (
     effective_rank,
     revisit_score,
 )
-from timm_rdp.study.figures import check_matplotlib, pixels, save, similarity_grid, write_csv
-from timm_rdp.study.options import RATE, Parser, at_least, number
+from timm_rdp.study.figures import pixels, save, similarity_grid, write_csv, write_figure
+from timm_rdp.study.options import RATE, at_least, check_installed
 from timm_rdp.study.spiral import algorithm, toy
 from timm_rdp.study.spiral import figures as toy_figures
 from timm_rdp.study.spiral.figures import FIRST, LAYERS
 from timm_rdp.training.files import check_output
+from timm_rdp.training.flags import AMOUNT, COUNT, POSITIVE, SEED, Parser, show_defaults
 
 MEASURES = {
     f"{measure}_{kind}": f"revisit score of {name}, {layers}"
@@ -41,35 +41,33 @@ COLUMNS = {"accuracy": "accuracy"} | {
 FRAMES = 24
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp spiral",
         description="The paper's toy study: trains plain, DropPath and RDP networks on two spirals "
         "and writes figures, the numbers behind them as CSV, and a summary.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    above_0 = number(float, "above 0 and finite", lambda value: 0 < value < math.inf)
-    from_0 = number(float, "0 or more and finite", lambda value: 0 <= value < math.inf)
     add("--output", default="output/spiral", metavar="DIR", help="folder to write into")
     add("--points", type=at_least(4), default=400, help="points of both spirals together")
-    add("--turns", type=above_0, default=1.5, help="turns of each spiral")
-    add("--noise", type=from_0, default=0.02, help="noise of the points; the radius is 1")
+    add("--turns", type=POSITIVE, default=1.5, help="turns of each spiral")
+    add("--noise", type=AMOUNT, default=0.02, help="noise of the points; the radius is 1")
     add("--depth", type=at_least(3), default=32, help="residual layers of the network")
     add("--dim", type=at_least(2), default=32, help="its hidden dimension")
     add("--small-depth", type=at_least(3), default=6, help="layers of the network of figure 4")
-    add("--small-dim", type=at_least(1), default=6, help="its hidden dimension")
+    add("--small-dim", type=COUNT, default=6, help="its hidden dimension")
     add("--activation", default="gelu", choices=tuple(toy.ACTIVATIONS), help="on each path")
-    add("--drop-path", type=RATE, default=0.2, help="rate of the last layer's DropPath")
-    add("--steps", type=at_least(1), default=600, help="batches to train for, each of all points")
-    add("--lr", type=above_0, default=3e-3, help="learning rate at the start (AdamW, cosine)")
-    add("--seeds", type=at_least(1), default=6, help="networks per variant")
-    add("--seed", type=at_least(0), default=0, help="the first of the seeds")
+    rate = "rate of the last layer's DropPath"
+    add("--drop-path", type=RATE, default=0.2, metavar="RATE", help=rate)
+    add("--steps", type=COUNT, default=600, help="batches to train for, each of all points")
+    add("--lr", type=POSITIVE, default=3e-3, help="learning rate at the start (AdamW, cosine)")
+    add("--seeds", type=COUNT, default=6, help="networks per variant")
+    add("--seed", type=SEED, default=0, help="the first of the seeds (default: 0)")
     layers = "of figures 1 and 4: what each path puts out, or the sums after the residuals"
     add("--layers", default="paths", choices=tuple(LAYERS), help=layers)
-    add("--model", default="vit_tiny_patch16_224", help="timm model of figure 5")
-    add("--model-drop-path", type=RATE, default=0.2, help="its drop path rate")
-    return parser
+    add("--model", default="vit_tiny_patch16_224", metavar="NAME", help="timm model of figure 5")
+    add("--model-drop-path", type=RATE, default=0.2, metavar="RATE", help="its drop path rate")
+    return show_defaults(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         args = _parser().parse_args(argv)
-        check_matplotlib()
+        check_installed("matplotlib")
         output = check_output(args.output)
         cycle = algorithm.sample_cycle(args.model, args.model_drop_path, args.seed)
         run(args, output, cycle)
@@ -96,10 +94,8 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
     measured: dict[str, list[dict[str, float]]] = {v: [] for v in ("untrained", *toy.VARIANTS)}
     first: dict[str, tuple[dict, dict]] = {}  # matrices and features of the first seed
-    names = ("steps", "lr", "drop_path", "activation")
-    settings = {name: getattr(args, name) for name in names}
-    bar = tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral")
-    with bar:
+    settings = {name: getattr(args, name) for name in ("steps", "lr", "drop_path", "activation")}
+    with tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral") as bar:
         for seed in range(args.seed, args.seed + args.seeds):
             for variant in measured:
                 own = settings | {"depth": args.depth, "dim": args.dim, "seed": seed}
@@ -116,21 +112,20 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     draw_points(output, data, unseen[1], *first["plain"], args.layers)
     draw_similarities(output, {variant: matrices for variant, (matrices, _) in first.items()})
     draw_training(output, snapshots, args.layers)
-    save(algorithm.draw(cycle), output / "fig5_algorithm.png")
     header = ("cycle", *vars(cycle.rows[0]))
     rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
-    write_csv(output / "fig5_algorithm.csv", header, rows)
+    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), header, rows)
     values = {
         title: {variant: [row[name] for row in own] for variant, own in measured.items()}
         for name, title in MEASURES.items()
     }
-    save(toy_figures.scores(values), output / "scores.png")
+    header = ("variant", "seed", *measured["plain"][0])
     rows = (
         (variant, seed, *row.values())
         for variant, own in measured.items()
         for seed, row in enumerate(own, start=args.seed)
     )
-    write_csv(output / "scores.csv", ("variant", "seed", *measured["plain"][0]), rows)
+    write_figure(output / "scores", toy_figures.scores(values), header, rows)
     text = summary(args, measured)
     (output / "summary.txt").write_text(text)
     print(text)
@@ -186,16 +181,14 @@ def draw_points(
 
     `label` has the others' classes, and `kind` says which layers figure 1 shows.
     """
-    save(toy_figures.spirals(*data), output / "fig2_spirals.png")
     points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
-    write_csv(output / "fig2_spirals.csv", ("x", "y", "class"), points)
+    write_figure(output / "fig2_spirals", toy_figures.spirals(*data), ("x", "y", "class"), points)
     save(toy_figures.similarities(cka), output / "fig3_similarity.png")
     layers, matrix = features[kind], cka[kind]
-    figure = toy_figures.distributions(layers, matrix, label, kind)
-    save(figure, output / "fig1_distributions.png")
     start, *_ = toy_figures.strongest_return(matrix, toy_figures.several(len(layers)))
-    write_csv(
-        output / "fig1_distributions.csv",
+    write_figure(
+        output / "fig1_distributions",
+        toy_figures.distributions(layers, matrix, label, kind),
         ("layer", "point", "class", "first_component", "second_component"),
         (
             (layer, j, int(c), *(f"{v:.5g}" for v in xy))
@@ -226,16 +219,9 @@ def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> N
 def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind: str) -> None:
     """Figure 4: strip, animation, numbers."""
     chosen = [snapshots[round(i * (len(snapshots) - 1) / 5)] for i in range(6)]
-    save(toy_figures.training_strip(chosen, kind), output / "fig4_training.png")
-    frames = [Image.fromarray(pixels(toy_figures.training_frame(*s, kind))) for s in snapshots]
-    # One palette for all frames, or each would bring its own.
-    palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
-    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    timing = {"duration": [250] * (len(frames) - 1) + [2500], "loop": 0}
-    path = output / "fig4_training.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:], optimize=True, **timing)
-    write_csv(
-        output / "fig4_training.csv",
+    write_figure(
+        output / "fig4_training",
+        toy_figures.training(chosen, kind),
         ("step", "accuracy", "layer", "node", "class", "bin", "points"),
         (
             (step, f"{accuracy:.4f}", layer + FIRST[kind], node + 1, value, b, int(count))
@@ -243,6 +229,13 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
             for (layer, node, value, b), count in np.ndenumerate(histograms)
         ),
     )
+    frames = [Image.fromarray(pixels(toy_figures.training([s], kind))) for s in snapshots]
+    # One palette for all frames, or each would bring its own.
+    palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
+    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    timing = {"duration": [250] * (len(frames) - 1) + [2500], "loop": 0}
+    path = output / "fig4_training.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], optimize=True, **timing)
 
 
 def spread(values: Sequence[float]) -> str:
