@@ -58,35 +58,34 @@ def test_every_block_has_paths_also_the_first_whose_rate_is_zero(vit):
     assert all(type(path.module) is DropPath for path in paths)  # nothing is left patched
 
 
-def test_recorded_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
+def test_observed_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
     model, paths = vit
     x, _ = images_of(digits_folder)
-    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 20)
+    output, found = layers.run_observed(model, x, paths, layers.blocks_of(model, paths))
     with torch.no_grad():
-        assert torch.equal(recorder(x[:8]), model(x[:8]))
-        recorder(x[8:])
+        assert torch.equal(output, model(x))
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    assert next(iter(recorder.blocks)) == layers.INPUT
-    torch.testing.assert_close(recorder.blocks[layers.INPUT], tokens.mean(1).detach())
+    assert next(iter(found)) == ("blocks", layers.INPUT)
+    torch.testing.assert_close(found["blocks", layers.INPUT], tokens.mean(1).detach())
     with torch.no_grad():
         for i, block in enumerate(model.blocks):
             first = block.ls1(block.attn(block.norm1(tokens)))
             second = block.ls2(block.mlp(block.norm2(tokens + first)))
             tokens = tokens + first + second
             for name, value in ((f"drop_path{j + 1}", v) for j, v in enumerate((first, second))):
-                recorded = recorder.paths[f"blocks.{i}.{name}"]
-                torch.testing.assert_close(recorded, value.mean(1), rtol=1e-4, atol=1e-5)
+                pooled = found["paths", f"blocks.{i}.{name}"]
+                torch.testing.assert_close(pooled, value.mean(1), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(
-                recorder.blocks[f"blocks.{i}"], tokens.mean(1), rtol=1e-4, atol=1e-5
+                found["blocks", f"blocks.{i}"], tokens.mean(1), rtol=1e-4, atol=1e-5
             )
 
 
-def test_recorder_leaves_no_hook_behind(vit):
+def test_observing_leaves_no_hook_behind(vit):
     model, paths = vit
-    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 1)
-    recorder(torch.zeros(1, 3, 64, 64))
+    observe = lambda x: layers.run_observed(model, x, paths, layers.blocks_of(model, paths))
+    observe(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError):
-        recorder(torch.zeros(1, 1, 1))
+        observe(torch.zeros(1, 1, 1))
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     assert not any(a or b for a, b in hooks)
 
@@ -98,14 +97,11 @@ def test_a_module_called_twice_gives_two_layers():
     ).eval()
     models.fill_drop_path_slots(model)
     paths = models.trace("resmlp_12_224", model, (3, 32, 32))
-    x = torch.randn(4, 3, 32, 32)
-    recorder = layers.Recorder(model, paths, {}, 4)
-    with torch.no_grad():
-        recorder(x)
+    _, found = layers.run_observed(model, torch.randn(4, 3, 32, 32), paths, {})
     names = [path.name for path in paths]
     assert names[:2] == ["blocks.0.drop_path#0", "blocks.0.drop_path#1"]
-    assert list(recorder.paths) == names
-    assert not torch.equal(recorder.paths[names[0]], recorder.paths[names[1]])
+    assert list(found) == [("paths", name) for name in names]
+    assert not torch.equal(found["paths", names[0]], found["paths", names[1]])
 
 
 def test_channels_stay_and_positions_are_pooled_in_every_layout():

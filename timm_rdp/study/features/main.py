@@ -2,9 +2,8 @@
 
 import argparse
 import statistics
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_rdp.errors import UsageError, refused_with, report
-from timm_rdp.study.features.layers import POOLS, Recorder, choose, dropped
-from timm_rdp.study.features.models import (
-    MIN_IMAGES,
-    Source,
-    build,
-    choose_images,
-    read_source,
-    trace,
-)
-from timm_rdp.study.features.similarity import (
-    cka_matrix,
-    cosine_matrix,
-    effective_rank,
-    rebounds,
-    revisit_score,
-)
-from timm_rdp.study.figures import (
-    lines_per_layer,
-    path_importance,
-    save,
-    similarity_grid,
-    write_csv,
-    write_figure,
-)
+from timm_rdp.study import figures
+from timm_rdp.study.features import layers, models, similarity
 from timm_rdp.study.options import at_least, check_installed
 from timm_rdp.training.files import check_output
 from timm_rdp.training.flags import COUNT, SEED, Parser, show_defaults
@@ -61,15 +38,21 @@ class Layers:
 
 @dataclass
 class Network:
-    """What was measured of one network."""
+    """What was measured of one network.
+
+    Attributes:
+        kinds: by a key of KINDS.
+        loss, accuracy: of the whole network; None where it has not the images' classes.
+        importance: {path: (loss without it, accuracy without it, rise of the loss)}.
+        skipped: layers whose output is no feature per image.
+    """
 
     label: str
-    kinds: dict[str, Layers] = field(default_factory=dict)  # by a key of KINDS
-    loss: float | None = None  # None where it has not the images' classes
-    accuracy: float | None = None
-    # {path: (loss without it, accuracy without it, rise of the loss)}
-    importance: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    skipped: set[str] = field(default_factory=set)
+    kinds: dict[str, Layers]
+    loss: float | None
+    accuracy: float | None
+    importance: dict[str, tuple[float, float, float]]
+    skipped: set[str]
 
 
 def _parser() -> Parser:
@@ -88,12 +71,17 @@ def _parser() -> Parser:
     add("--data-dir", metavar="DIR", help="images, as for training (default: the demo's digits)")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
     images = "validation images to use at most"
-    add("--num-images", type=at_least(MIN_IMAGES), default=256, help=images)
+    add("--num-images", type=at_least(models.MIN_IMAGES), default=256, help=images)
     seed = "of their choice, and of weights that are random (default: 0)"
     add("--seed", type=SEED, default=0, help=seed)
     add("--batch-size", type=COUNT, default=32, help="images at a time")
     add("--layers", nargs="+", metavar="NAME", help="only these paths and modules; * is any text")
-    add("--pool", choices=POOLS, default="mean", help="positions of a layer to one value a channel")
+    add(
+        "--pool",
+        choices=layers.POOLS,
+        default="mean",
+        help="positions of a layer to one value a channel",
+    )
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
     else_own = "(default: the checkpoint's, else the {}')"
@@ -113,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with refused_with(f"--device {device}"):
             torch.empty(0, device=device)
-        images = choose_images(args.data_dir, args.num_images, args.seed)
+        images = models.choose_images(args.data_dir, args.num_images, args.seed)
         networks = [observe(args, images, source, device) for source in read_sources(args)]
         write(args, output, images, networks)
     except UsageError as error:
@@ -121,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_sources(args: argparse.Namespace) -> list[Source]:
+def read_sources(args: argparse.Namespace) -> list[models.Source]:
     """The networks to compare: a checkpoint each, or the one without."""
     files, labels = args.checkpoint, args.label
     if len(files) > MAX_CHECKPOINTS:
@@ -130,9 +118,9 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         raise UsageError(f"--label: {len(labels)} names, {max(1, len(files))} needed; one each")
     if not files:
         untrained = f"untrained (seed {args.seed})"
-        return [Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
+        return [models.Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
     return [
-        read_source(path, args.model, args.use_ema, label)
+        models.read_source(path, args.model, args.use_ema, label)
         for path, label in zip(files, labels or short_names(files), strict=True)
     ]
 
@@ -150,13 +138,17 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def observe(args: argparse.Namespace, images: Subset, source: Source, device: str) -> Network:
+def observe(
+    args: argparse.Namespace, images: Subset, source: models.Source, device: str
+) -> Network:
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
     dataset: Any = images.dataset
-    classes = len(dataset.reader.class_to_idx)
-    model, data, mode = build(args, source, classes)
-    paths, modules = choose(model, trace(args.model, model, data["input_size"]), args.layers)
+    classes, count = len(dataset.reader.class_to_idx), len(images)
+    model, data, mode = models.build(args, source, classes)
+    paths, modules = layers.choose(
+        model, models.trace(args.model, model, data["input_size"]), args.layers
+    )
     outputs = getattr(model, "num_classes", classes)
     if not args.no_importance and outputs != classes:
         raise UsageError(
@@ -165,37 +157,47 @@ def observe(args: argparse.Namespace, images: Subset, source: Source, device: st
         )
     model.to(device)
     dropping = [] if args.no_importance else paths
-    # Sums by dropped path, "" where none is.
-    losses: dict[str, float] = defaultdict(float)
-    correct: dict[str, float] = defaultdict(float)
+    features: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    skipped: set[str] = set()
+    sums: dict[str, Tensor] = {}  # of losses and of right answers, by dropped path, "" for none
 
     def add_up(name: str, logits: Any, y: Tensor) -> None:
         if isinstance(logits, tuple | list):  # distilled models: one output a head
             logits = torch.stack(list(logits)).mean(0)
         if outputs == classes:
-            losses[name] += F.cross_entropy(logits.float(), y, reduction="sum").item()
-            correct[name] += int((logits.argmax(1) == y).sum())
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            both = torch.stack([loss, (logits.argmax(1) == y).sum()]).double().cpu()
+            sums[name] = sums.get(name, 0) + both
         bar.update(len(y))
 
     dataset.transform, dataset.input_img_mode = create_transform(**data), mode
-    recorder = Recorder(model, paths, modules, len(images), args.pool, with_input=not args.layers)
-    bar = tqdm(total=len(images) * (1 + len(dropping)), unit="image", desc=source.label)
+    bar = tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label)
     with bar:
-        for x, y in DataLoader(images, args.batch_size):
+        for i, (x, y) in enumerate(DataLoader(images, args.batch_size)):
             x, y = x.to(device), y.to(device)
-            add_up("", recorder(x), y)
+            logits, found = layers.run_observed(
+                model, x, paths, modules, args.pool, not args.layers
+            )
+            add_up("", logits, y)
+            for (kind, name), pooled in found.items():
+                if pooled is None:
+                    skipped.add(name)
+                    continue
+                # Once per layer: small tensors kept batch by batch would pin the heap between the
+                # big ones that are freed.
+                if name not in features[kind]:
+                    features[kind][name] = torch.empty(count, pooled.shape[1])
+                features[kind][name][i * args.batch_size :][: len(x)] = pooled
             for path in dropping:
-                with dropped(model, path):
+                with layers.dropped(model, path):
                     add_up(path.name, model(x), y)
-    network = Network(source.label, skipped=recorder.skipped)
-    mean = {name: (losses[name] / len(images), correct[name] / len(images)) for name in losses}
-    if mean:
-        network.loss, network.accuracy = mean.pop("")
-        network.importance = {name: (*v, v[0] - network.loss) for name, v in mean.items()}
-    for kind in KINDS:
-        if features := getattr(recorder, kind):
-            network.kinds[kind] = _measure(source.label, features, args.cka == "unbiased")
-    return network
+    means = {name: (total / count).tolist() for name, total in sums.items()}
+    loss, accuracy = means.pop("", (None, None))
+    importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
+    kept = {k: {n: f for n, f in own.items() if n not in skipped} for k, own in features.items()}
+    unbiased = args.cka == "unbiased"
+    kinds = {kind: _measure(source.label, own, unbiased) for kind, own in kept.items() if own}
+    return Network(source.label, kinds, loss, accuracy, importance, skipped)
 
 
 def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
@@ -205,13 +207,13 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
                 f"{label}: features of {name} are not finite; the weights have diverged, "
                 "use another checkpoint"
             )
-    layers = list(features.values())
+    own = list(features.values())
     return Layers(
         names=list(features),
-        width=[layer.shape[1] for layer in layers],
-        cka=cka_matrix(layers, unbiased),
-        cosine=cosine_matrix(layers),
-        rank=torch.tensor([effective_rank(layer) for layer in layers]),
+        width=[layer.shape[1] for layer in own],
+        cka=similarity.cka_matrix(own, unbiased),
+        cosine=similarity.cosine_matrix(own),
+        rank=torch.tensor([similarity.effective_rank(layer) for layer in own]),
     )
 
 
@@ -220,11 +222,11 @@ def write(args: argparse.Namespace, output: Path, images: Subset, networks: list
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
     kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
-    grid = [(KINDS[kind], 0, [own.cka for own in layers]) for kind, layers in kinds.items()]
+    grid = [(KINDS[kind], 0, [own.cka for own in each]) for kind, each in kinds.items()]
     title = f"Layer similarity in {args.model}, {len(images)} images"
-    write_figure(
+    figures.write_figure(
         output / "similarity",
-        similarity_grid(grid, labels, "similarity (linear CKA)", title),
+        figures.similarity_grid(grid, labels, "similarity (linear CKA)", title),
         ("network", "layers", "number", "name", "other_number", "other_name", "cka", "cosine"),
         (
             (n.label, kind, i, a, j, b, f"{own.cka[i, j]:.6f}", f"{own.cosine[i, j]:.6f}")
@@ -234,17 +236,19 @@ def write(args: argparse.Namespace, output: Path, images: Subset, networks: list
             for j, b in enumerate(own.names)
         ),
     )
-    ranks = [(KINDS[kind], [own.rank for own in layers]) for kind, layers in kinds.items()]
+    ranks = [(KINDS[kind], [own.rank for own in each]) for kind, each in kinds.items()]
     title = f"Dimensions that the features of {args.model} use"
-    figure = lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
-    save(figure, output / "rank.png")
+    figure = figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
+    figures.save(figure, output / "rank.png")
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
-    write_csv(output / "layers.csv", header, (row for n in networks for row in _layer_rows(n)))
+    figures.write_csv(
+        output / "layers.csv", header, (row for n in networks for row in _layer_rows(n))
+    )
     if names := list(networks[0].importance):
         rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
-        write_figure(
+        figures.write_figure(
             output / "importance",
-            path_importance(names, rises, labels),
+            figures.path_importance(names, rises, labels),
             ("network", "path", "loss", "accuracy", "loss_rise"),
             (
                 (n.label, path, *(f"{value:.6f}" for value in values))
@@ -260,7 +264,7 @@ def write(args: argparse.Namespace, output: Path, images: Subset, networks: list
 
 def _layer_rows(network: Network) -> Iterator[tuple]:
     for kind, own in network.kinds.items():
-        climbs = rebounds(own.cka).tolist() if len(own.names) > 2 else []
+        climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []
         for i, name in enumerate(own.names):
             climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
             yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
@@ -269,9 +273,10 @@ def _layer_rows(network: Network) -> Iterator[tuple]:
 def summary(args: argparse.Namespace, images: Subset, networks: list[Network]) -> str:
     """What was measured, as plain text."""
     dataset: Any = images.dataset
+    classes = len(dataset.reader.class_to_idx)
+    folder = f"--data-dir {args.data_dir}" if args.data_dir else "the demo (handwritten digits)"
     lines = [
-        f"{args.model}: {len(images)} validation images of {len(dataset.reader.class_to_idx)} classes from "
-        f"{'--data-dir ' + args.data_dir if args.data_dir else 'the demo (handwritten digits)'}",
+        f"{args.model}: {len(images)} validation images of {classes} classes from {folder}",
         f"CKA: linear, {args.cka}; positions pooled: {args.pool}; revisit score: 0 where features "
         "only stay or drift away, 1 where all are lost and come back",
     ]
@@ -282,7 +287,10 @@ def summary(args: argparse.Namespace, images: Subset, networks: list[Network]) -
         for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
             if len(own.names) > 2:
-                cka, cosine = revisit_score(own.cka), revisit_score(own.cosine)
+                cka, cosine = (
+                    similarity.revisit_score(own.cka),
+                    similarity.revisit_score(own.cosine),
+                )
                 score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
             rank = statistics.mean(own.rank.tolist())
             what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"
