@@ -3,24 +3,14 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from timm_rdp.errors import UsageError
+from timm_rdp.study.compare import results
 from timm_rdp.study.compare.figure import draw
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
-from timm_rdp.study.compare.results import (
-    REFERENCES,
-    Comparison,
-    Mean,
-    Row,
-    p_text,
-    read_results,
-    sentences,
-    signed,
-    tabulate,
-)
+from timm_rdp.study.compare.results import REFERENCES, Comparison, Mean, Row, signed
 from timm_rdp.study.compare.runs import MATCHED
 from timm_rdp.study.figures import save
 from timm_rdp.training.files import write_atomically
@@ -37,16 +27,15 @@ def write_report(output: Path, pick: str = "last") -> str:
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
-    results = read_results(output, grid, pick)
-    table, comparisons = tabulate(results)
+    of_runs = results.read_results(output, grid, pick)
+    table, comparisons = results.tabulate(of_runs)
     said = _said(table, comparisons)
     image = io.BytesIO()
     save(draw(table, grid["options"]["model"], pick), image)
     text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
-    rows = [row for rows in table.values() for row in rows]
     contents = (
-        _csv(asdict(r) | {"drop_path": str(r.drop_path)} for r in results),
-        _csv(map(_row_cells, rows)),
+        _csv(of_runs),
+        _csv([_row_cells(row) for rows in table.values() for row in rows]),
         ("\n".join(text) + "\n").encode(),
         image.getvalue(),
     )
@@ -57,7 +46,7 @@ def write_report(output: Path, pick: str = "last") -> str:
 
 def _row_cells(row: Row) -> dict[str, Any]:
     m = row.top1
-    cells = {"drop_path": str(row.drop_path), "variant": row.variant, "epochs": row.epochs}
+    cells = {"drop_path": row.drop_path, "variant": row.variant, "epochs": row.epochs}
     cells |= {"seeds": m.n, **row.counts, "mean": m.mean, "sd": m.sd, "low": m.low, "high": m.high}
     for reference in REFERENCES:
         c = row.comparisons.get(reference)
@@ -67,13 +56,13 @@ def _row_cells(row: Row) -> dict[str, Any]:
     return cells | {"seconds": row.seconds, "flops": row.flops, "relative_flops": row.relative}
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    text, rows = io.StringIO(newline=""), list(rows)
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     for row in rows:
         cells = {k: _text(v, ".10g") if isinstance(v, float) else v for k, v in row.items()}
-        writer.writerow(cells)
+        writer.writerow(cells | {"drop_path": str(row["drop_path"])})
     return text.getvalue().encode()
 
 
@@ -109,7 +98,7 @@ def _against(row: Row, c: Comparison | None) -> list[str]:
     d = c.difference
     paired = "" if d.n == row.top1.n else f" ({d.n} pairs)"
     mean = "" if d.mean is None else signed(d.mean)
-    p_values = ["" if p is None else p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)]
+    p_values = ["" if p is None else results.p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)]
     return [f"{mean} {_interval(d, signed)}{paired}".strip(), *p_values]
 
 
@@ -128,7 +117,7 @@ def _interval(m: Mean, text: Callable[[float], str]) -> str:
 
 
 def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
-    said = sentences(comparisons)
+    said = results.sentences(comparisons)
     if not said:
         said = ["There are no runs of droppath to compare with: add droppath to --variants."]
     missing = {}  # plain is in the rows of every rate

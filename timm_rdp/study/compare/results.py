@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,22 +16,8 @@ MEASURED = {"top1": "eval_top1", "eval_loss": "eval_loss", "train_loss": "train_
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
 
-
-@dataclass
-class Result:
-    """What a run came to; numbers that it did not come to are None, and plain's rate is 0."""
-
-    variant: str
-    drop_path: float
-    seed: int
-    status: str
-    epochs: int
-    top1: float | None
-    eval_loss: float | None
-    train_loss: float | None
-    seconds: float | None
-    flops: float | None
-    error: str
+# A run as in runs.csv: numbers that it did not come to are None, and plain's drop_path is 0.
+Result = dict[str, Any]
 
 
 class Mean(NamedTuple):
@@ -75,16 +62,16 @@ class Row:
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by reference
 
     def __post_init__(self):
-        done = [r for r in self.results if r.status == runs.DONE]
-        self.epochs = done[0].epochs if done else None
-        self.flops = done[0].flops if done else None
-        seconds = [r.seconds for r in done if r.seconds is not None]
+        done = [r for r in self.results if r["status"] == runs.DONE]
+        self.epochs = done[0]["epochs"] if done else None
+        self.flops = done[0]["flops"] if done else None
+        seconds = [r["seconds"] for r in done if r["seconds"] is not None]
         self.seconds = statistics.median(seconds) if seconds else None
-        self.scores = {r.seed: r.top1 for r in done if r.top1 is not None}
+        self.scores = {r["seed"]: r["top1"] for r in done}
         self.top1 = mean_of(list(self.scores.values()))
-        ended = {s: sum(r.status == s for r in self.results) for s in (runs.DIVERGED, runs.FAILED)}
-        unfinished = len(self.results) - len(done) - sum(ended.values())
-        self.counts = ended | {"unfinished": unfinished}  # of what is left out of the mean
+        ended = Counter(r["status"] for r in self.results)
+        self.counts = {s: ended[s] for s in (runs.DIVERGED, runs.FAILED)}  # not in the mean
+        self.counts["unfinished"] = len(self.results) - len(done) - sum(self.counts.values())
 
     @property
     def missing(self) -> str:
@@ -98,32 +85,36 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
     Raises:
         UsageError: what there is of one is damaged.
     """
-    return [_result(output, cell, grid, pick) for cell in runs.cells_of(grid["runs"])]
-
-
-def _result(output: Path, cell: runs.Cell, grid: dict[str, Any], pick: str) -> Result:
-    folder = output / "runs" / cell.name
-    record = runs.read_record(folder)
-    measured: dict[str, Any] = dict.fromkeys(MEASURED)
-    if record.status == runs.DONE:
-        _, rows = runs.read_summary(folder)
-        with runs.damage_named(folder):
-            row = max(rows, key=lambda r: float(r["eval_top1"])) if pick == "best" else rows[-1]
-            measured = {name: float(row[column]) for name, column in MEASURED.items()}
-            if not all(map(math.isfinite, measured.values())):
-                raise ValueError(f"not finite: {row}")
-    flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record.epochs)
-    numbers = {**vars(record), **measured, "flops": flops}
-    return Result(cell.variant, cell.drop_path or 0.0, cell.seed, **numbers)
+    results = []
+    for cell in runs.cells_of(grid["runs"]):
+        folder = output / "runs" / cell.name
+        record = runs.read_record(folder)
+        measured = dict.fromkeys(MEASURED)
+        if record.status == runs.DONE:
+            _, rows = runs.read_summary(folder)
+            with runs.damage_named(folder):
+                best = max(rows, key=lambda row: float(row["eval_top1"]))
+                row = best if pick == "best" else rows[-1]
+                measured = {name: float(row[column]) for name, column in MEASURED.items()}
+                if not all(map(math.isfinite, measured.values())):
+                    raise ValueError(f"not finite: {row}")
+        place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
+        place |= {"status": record.status, "epochs": record.epochs}
+        flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record.epochs)
+        cost = {"seconds": record.seconds, "flops": flops, "error": record.error}
+        results.append({**place, **measured, **cost})
+    return results
 
 
 def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Comparison]]:
     """The rows of each drop rate, in the order of VARIANTS, and every comparison among them."""
     table = {}
-    for rate in sorted({r.drop_path for r in results if r.variant != "plain"}) or [0.0]:
-        place = {v: 0.0 if v == "plain" else rate for v in runs.VARIANTS}
-        own = {v: [r for r in results if (r.variant, r.drop_path) == (v, place[v])] for v in place}
-        table[rate] = [Row(rate, variant, of_it) for variant, of_it in own.items() if of_it]
+    cells = defaultdict(list)
+    for result in results:
+        cells[result["variant"], result["drop_path"]].append(result)
+    for rate in sorted({rate for variant, rate in cells if variant != "plain"}) or [0.0]:
+        place = {v: (v, 0.0 if v == "plain" else rate) for v in runs.VARIANTS}
+        table[rate] = [Row(rate, v, cells[key]) for v, key in place.items() if key in cells]
     comparisons = []
     for rows, (i, reference) in product(table.values(), enumerate(REFERENCES)):
         of_variant = {row.variant: row for row in rows}
@@ -141,10 +132,10 @@ def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Co
 
 
 def _compare(row: Row, reference: Row) -> Comparison:
-    seeds = sorted(row.scores.keys() & reference.scores.keys())
-    a, b = [row.scores[s] for s in seeds], [reference.scores[s] for s in seeds]
-    difference = mean_of([x - y for x, y in zip(a, b, strict=True)])
-    return Comparison(row.drop_path, row.variant, reference.variant, difference, paired_p(a, b))
+    seeds = row.scores.keys() & reference.scores.keys()
+    differences = [row.scores[seed] - reference.scores[seed] for seed in sorted(seeds)]
+    p = paired_p(differences)
+    return Comparison(row.drop_path, row.variant, reference.variant, mean_of(differences), p)
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -159,22 +150,21 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(n, mean, sd, mean - half, mean + half)
 
 
-def paired_p(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Two-sided p of the paired t test of a against b, (n,) each.
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of the paired t test, from the differences of the pairs.
 
     Returns:
-        1 where they are equal; None for fewer than two pairs, and where all pairs differ by the
-        same amount, which a t test takes for certainty
+        1 where there are no differences; None for fewer than two pairs, and where all pairs differ
+        by the same amount, which a t test takes for certainty
     """
-    differences = [x - y for x, y in zip(a, b, strict=True)]
     if len(differences) < 2:
         return None
-    rounding = 1e-9 * max(1.0, *map(abs, (*a, *b)))
-    if max(differences) - min(differences) <= rounding:
-        return 1.0 if abs(differences[0]) <= rounding else None
-    from scipy.stats import ttest_rel
+    unequal = {round(difference, 9) for difference in differences}
+    if len(unequal) == 1:
+        return None if unequal.pop() else 1.0
+    from scipy.stats import ttest_1samp
 
-    return float(ttest_rel(a, b).pvalue)
+    return float(ttest_1samp(differences, 0)[1])
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -191,10 +181,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """What the comparisons of ResidualDroppath support; those of all where there are none of it."""
     about_rdp = [c for c in comparisons if c.variant in runs.RDP_VARIANTS]
-    return [
-        _sentence(c)
-        for c in sorted(about_rdp or comparisons, key=lambda c: (c.drop_path, c.variant))
-    ]
+    chosen = sorted(about_rdp or comparisons, key=lambda c: (c.drop_path, c.variant))
+    return [_sentence(c) for c in chosen]
 
 
 def _sentence(c: Comparison) -> str:

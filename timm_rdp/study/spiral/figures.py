@@ -7,16 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_rdp.study import figures
 from timm_rdp.study.features.similarity import revisit_score
-from timm_rdp.study.figures import (
-    BLUE,
-    GREY,
-    RED,
-    colour_range,
-    heatmap,
-    integer_ticks,
-    new_figure,
-)
+from timm_rdp.study.figures import BLUE, GREY, RED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,13 +63,15 @@ def aligned_planes(layers: list[Tensor], reference: int) -> list[Tensor]:
     return planes
 
 
-def strongest_return(similarity: Tensor, apart: int = 2) -> tuple[int, int, int]:
+def strongest_return(similarity: Tensor) -> tuple[int, int, int]:
     """The layer that is lost and found most clearly: (it, where it is lost, where it is back).
+
+    It is back "several transformations" later: after an eighth of the layers, at least 2.
 
     Args:
         similarity: (layers, layers).
-        apart: how many layers there must be at least from the first to the last of the three.
     """
+    apart = max(2, len(similarity) // 8)
     best, found = -1.0, (0, 0, 0)
     for i in range(len(similarity) - apart):
         s = similarity[i, i:]
@@ -85,11 +80,6 @@ def strongest_return(similarity: Tensor, apart: int = 2) -> tuple[int, int, int]
         if climb[k] > best:
             best, found = climb[k].item(), (i, i + int(s[: k + 1].argmin()), i + k)
     return found
-
-
-def several(layers: int) -> int:
-    """How many layers apart a return must be to be shown: "several transformations"."""
-    return max(2, layers // 8)
 
 
 def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str) -> "Figure":
@@ -101,7 +91,7 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
         label: classes, (samples,).
         kind: "paths" or "blocks".
     """
-    start, lost, back = strongest_return(similarity, several(len(layers)))
+    start, lost, back = strongest_return(similarity)
     first = FIRST[kind]
     rows, columns = -(-len(layers) // 8), 8
     figure = new_figure(
@@ -139,10 +129,10 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
     top, bottom = halves
     maps = top.subplots(1, 2)
     curves = bottom.subplots(1, 2, sharey=True)
-    scale = colour_range(list(similarity.values()))
+    scale = figures.colour_range(list(similarity.values()))
     for (kind, matrix), upper, lower in zip(similarity.items(), maps, curves, strict=True):
         first = FIRST[kind]
-        heatmap(upper, matrix, scale, first)
+        figures.heatmap(upper, matrix, scale, first)
         upper.set(xlabel="layer number", ylabel="layer number")
         score = revisit_score(matrix)
         upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
@@ -157,7 +147,7 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
 
 def _return_curve(axes: "Axes", matrix: Tensor, first: int) -> None:
     """Similarity of all layers with the one that returns most strongly."""
-    start, lost, back = strongest_return(matrix, several(len(matrix)))
+    start, lost, back = strongest_return(matrix)
     numbers = np.arange(len(matrix)) + first
     axes.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
     axes.axvline(start + first, color=GREY, linestyle=":")
@@ -170,7 +160,7 @@ def _return_curve(axes: "Axes", matrix: Tensor, first: int) -> None:
     axes.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
     axes.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
     axes.grid(alpha=0.3)
-    integer_ticks(axes, "x", 8)
+    figures.integer_ticks(axes, "x", 8)
 
 
 def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
@@ -204,7 +194,7 @@ def overlap(histograms: Tensor) -> Tensor:
     return torch.minimum(p[:, :, None], p[:, None]).sum(-1)
 
 
-def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: float) -> None:
+def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str) -> None:
     """A grid of small histograms: a row a node, a column a layer; clear returns are framed.
 
     All in one axes, a cell a unit square: an axes a cell takes a minute to lay out.
@@ -230,9 +220,9 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: f
     axes.set(xlim=(0, layers), ylim=(dim, 0))
     axes.set_xticks(np.arange(layers) + 0.5, [str(i + first) for i in range(layers)])
     axes.set_yticks(np.arange(dim) + 0.5, [str(n + 1) for n in range(dim)])
-    axes.tick_params(length=0, labelsize=fontsize)
+    axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=fontsize + 1)
+    axes.set_title(title, fontsize=9)
 
 
 def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
@@ -253,8 +243,7 @@ def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
     figure = new_figure(4.2, 4.8) if one else new_figure(2.75 * rows + 0.8, title=title)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, (step, accuracy, histograms) in zip(panels, snapshots, strict=False):
-        title = f"step {step:4d}, accuracy {accuracy:4.0%}"
-        _nodes(panel, histograms, FIRST[kind], title, 9 if one else 8)
+        _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}")
     figure.supxlabel("layer number; in each box: value of the node, ±2.5 deviations", fontsize=9)
     figure.supylabel("node; in each box: points (red: class 0; blue: 1)", fontsize=9)
     return figure

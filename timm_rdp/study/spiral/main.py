@@ -3,7 +3,6 @@
 import argparse
 import statistics
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_rdp.errors import UsageError, report
-from timm_rdp.study.features.similarity import (
-    cka_matrix,
-    cosine_matrix,
-    effective_rank,
-    revisit_score,
-)
+from timm_rdp.study.features import similarity
 from timm_rdp.study.figures import pixels, save, similarity_grid, write_csv, write_figure
 from timm_rdp.study.options import RATE, at_least, check_installed
-from timm_rdp.study.spiral import algorithm, toy
-from timm_rdp.study.spiral import figures as toy_figures
+from timm_rdp.study.spiral import algorithm, figures, toy
 from timm_rdp.study.spiral.figures import FIRST, LAYERS
 from timm_rdp.training.files import check_output
 from timm_rdp.training.flags import AMOUNT, COUNT, POSITIVE, SEED, Parser, show_defaults
 
-MEASURES = {
-    f"{measure}_{kind}": f"revisit score of {name}, {layers}"
-    for measure, name in (("cka", "linear CKA"), ("cosine", "cosine"))
-    for kind, layers in LAYERS.items()
-}
-COLUMNS = {"accuracy": "accuracy"} | {
-    f"{measure}_{kind}": f"{name}, {layers}"
-    for measure, name in (("cka", "CKA"), ("cosine", "cosine"), ("rank", "rank"))
-    for kind, layers in (("paths", "paths"), ("blocks", "sums"))
-}
 FRAMES = 24
 
 
@@ -109,15 +92,20 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
         bar.update()
 
     output.mkdir(parents=True, exist_ok=True)
-    draw_points(output, data, unseen[1], *first["plain"], args.layers)
+    points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
+    write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
+    draw_features(output, *first["plain"], unseen[1], args.layers)
     draw_similarities(output, {variant: matrices for variant, (matrices, _) in first.items()})
     draw_training(output, snapshots, args.layers)
     header = ("cycle", *vars(cycle.rows[0]))
     rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
     write_figure(output / "fig5_algorithm", algorithm.draw(cycle), header, rows)
     values = {
-        title: {variant: [row[name] for row in own] for variant, own in measured.items()}
-        for name, title in MEASURES.items()
+        f"revisit score of {name}, {layers}": {
+            variant: [row[f"{measure}_{kind}"] for row in own] for variant, own in measured.items()
+        }
+        for measure, name in (("cka", "linear CKA"), ("cosine", "cosine"))
+        for kind, layers in LAYERS.items()
     }
     header = ("variant", "seed", *measured["plain"][0])
     rows = (
@@ -125,7 +113,7 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
         for variant, own in measured.items()
         for seed, row in enumerate(own, start=args.seed)
     )
-    write_figure(output / "scores", toy_figures.scores(values), header, rows)
+    write_figure(output / "scores", figures.scores(values), header, rows)
     text = summary(args, measured)
     (output / "summary.txt").write_text(text)
     print(text)
@@ -143,11 +131,11 @@ def measure(
     """
     features = model.features(data[0])
     row = {"accuracy": toy.accuracy(model, data)}
-    cka = {kind: cka_matrix(layers) for kind, layers in features.items()}
+    cka = {kind: similarity.cka_matrix(layers) for kind, layers in features.items()}
     for kind, layers in features.items():
-        row[f"cka_{kind}"] = revisit_score(cka[kind])
-        row[f"cosine_{kind}"] = revisit_score(cosine_matrix(layers))
-        row[f"rank_{kind}"] = statistics.mean(effective_rank(layer) for layer in layers)
+        row[f"cka_{kind}"] = similarity.revisit_score(cka[kind])
+        row[f"cosine_{kind}"] = similarity.revisit_score(similarity.cosine_matrix(layers))
+        row[f"rank_{kind}"] = statistics.mean(map(similarity.effective_rank, layers))
     return row, cka, features
 
 
@@ -160,7 +148,7 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
     @torch.no_grad()
     def watch(step: int, model: toy.ToyNet) -> None:
         if step in wanted:
-            histograms = toy_figures.node_histograms(model.features(data[0])[args.layers], data[1])
+            histograms = figures.node_histograms(model.features(data[0])[args.layers], data[1])
             snapshots.append((step, toy.accuracy(model, data), histograms))
 
     # A network this small learns the spirals only with a higher rate than the deep one takes.
@@ -169,30 +157,21 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
     return snapshots
 
 
-def draw_points(
-    output: Path,
-    data: tuple[Tensor, Tensor],
-    label: Tensor,
-    cka: dict[str, Tensor],
-    features: dict[str, list[Tensor]],
-    kind: str,
-) -> None:
-    """Figure 2, the points that were trained on, and 1 and 3, the plain network's view of others.
+def draw_features(output: Path, cka: dict, features: dict, label: Tensor, kind: str) -> None:
+    """Figures 1 and 3: what the plain network makes of points of these classes.
 
-    `label` has the others' classes, and `kind` says which layers figure 1 shows.
+    `cka` and `features` are what `measure` returns; `kind` says which layers figure 1 shows.
     """
-    points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
-    write_figure(output / "fig2_spirals", toy_figures.spirals(*data), ("x", "y", "class"), points)
-    save(toy_figures.similarities(cka), output / "fig3_similarity.png")
+    save(figures.similarities(cka), output / "fig3_similarity.png")
     layers, matrix = features[kind], cka[kind]
-    start, *_ = toy_figures.strongest_return(matrix, toy_figures.several(len(layers)))
+    planes = figures.aligned_planes(layers, figures.strongest_return(matrix)[0])
     write_figure(
         output / "fig1_distributions",
-        toy_figures.distributions(layers, matrix, label, kind),
+        figures.distributions(layers, matrix, label, kind),
         ("layer", "point", "class", "first_component", "second_component"),
         (
             (layer, j, int(c), *(f"{v:.5g}" for v in xy))
-            for layer, plane in enumerate(toy_figures.aligned_planes(layers, start), FIRST[kind])
+            for layer, plane in enumerate(planes, FIRST[kind])
             for j, (xy, c) in enumerate(zip(plane.tolist(), label, strict=True))
         ),
     )
@@ -221,7 +200,7 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
     chosen = [snapshots[round(i * (len(snapshots) - 1) / 5)] for i in range(6)]
     write_figure(
         output / "fig4_training",
-        toy_figures.training(chosen, kind),
+        figures.training(chosen, kind),
         ("step", "accuracy", "layer", "node", "class", "bin", "points"),
         (
             (step, f"{accuracy:.4f}", layer + FIRST[kind], node + 1, value, b, int(count))
@@ -229,19 +208,13 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
             for (layer, node, value, b), count in np.ndenumerate(histograms)
         ),
     )
-    frames = [Image.fromarray(pixels(toy_figures.training([s], kind))) for s in snapshots]
+    frames = [Image.fromarray(pixels(figures.training([s], kind))) for s in snapshots]
     # One palette for all frames, or each would bring its own.
     palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     timing = {"duration": [250] * (len(frames) - 1) + [2500], "loop": 0}
     path = output / "fig4_training.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], optimize=True, **timing)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]]) -> str:
@@ -257,8 +230,17 @@ def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]
         "'paths': what each path puts out; 'sums': the features after each residual sum. "
         "Rank: effective rank, mean over layers."
     )
-    rows = [("variant", list(COLUMNS.values()))]
+    columns = {"accuracy": "accuracy"} | {
+        f"{measure}_{kind}": f"{name}, {layers}"
+        for measure, name in (("cka", "CKA"), ("cosine", "cosine"), ("rank", "rank"))
+        for kind, layers in (("paths", "paths"), ("blocks", "sums"))
+    }
+    table = ["variant".ljust(11) + "".join(title.rjust(16) for title in columns.values())]
     for variant, own in measured.items():
-        rows.append((variant, [spread([row[name] for row in own]) for name in COLUMNS]))
-    table = [name.ljust(11) + "".join(cell.rjust(16) for cell in cells) for name, cells in rows]
+        line = variant.ljust(11)
+        for name in columns:
+            values = [row[name] for row in own]
+            spread = f" ± {statistics.stdev(values):.3f}" if several else ""
+            line += f"{statistics.mean(values):.3f}{spread}".rjust(16)
+        table.append(line)
     return "\n".join([textwrap.fill(text, 100), "", *table]) + "\n"

@@ -1,6 +1,7 @@
 """The paper's toy: two spirals, and a residual network of linear layers that tells them apart."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -37,20 +38,6 @@ def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Ten
     return xy + noise * torch.randn(points, 2, generator=generator), label
 
 
-class Layer(nn.Module):
-    """A linear layer on a residual path: what it adds to its input."""
-
-    def __init__(self, dim: int, activation: str, drop_prob: float):
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-        self.act = ACTIVATIONS[activation]()
-        self.drop_path = DropPath(drop_prob) if drop_prob > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the residual path adds to x."""
-        return self.drop_path(self.act(self.linear(x)))
-
-
 class ToyNet(nn.Module):
     """Embedding to `dim`, `depth` residual linear layers, a linear classifier.
 
@@ -64,8 +51,12 @@ class ToyNet(nn.Module):
     def __init__(self, depth: int, dim: int, drop_path: float = 0.0, activation: str = "gelu"):
         super().__init__()
         self.embed = nn.Linear(2, dim)
+        self.layers = nn.ModuleList()
         rates: Any = calculate_drop_path_rates(drop_path, depth)
-        self.layers = nn.ModuleList(Layer(dim, activation, rate) for rate in rates)
+        for rate in rates:
+            path = {"linear": nn.Linear(dim, dim), "act": ACTIVATIONS[activation]()}
+            path["drop_path"] = DropPath(rate) if rate > 0 else nn.Identity()
+            self.layers.append(nn.Sequential(OrderedDict(path)))
         self.head = nn.Linear(dim, 2)
 
     def forward(self, x: Tensor) -> Tensor:
