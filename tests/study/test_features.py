@@ -32,7 +32,7 @@ def images_of(folder, count=20):
     cfg = timm.get_pretrained_cfg("test_vit")
     look = {"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
     transform = timm.data.create_transform((3, 64, 64), crop_pct=1.0, **look)
-    images = models.choose_images(str(folder), count, 0)
+    images, _ = models.choose_images(str(folder), count, 0)
     images.dataset.transform = transform
     return next(iter(DataLoader(images, count)))
 
@@ -265,10 +265,11 @@ def test_layers_can_be_chosen_by_name_and_pattern(vit):
 
 
 def test_images_are_a_function_of_the_seed_and_taken_from_validation(digits_folder):
-    one, two, three = (models.choose_images(str(digits_folder), 16, seed) for seed in (0, 0, 1))
-    assert len(one.dataset.reader.class_to_idx) == 10 and len(one) == 16
+    choose = lambda count, seed: models.choose_images(str(digits_folder), count, seed)
+    (one, classes), (two, _), (three, _) = choose(16, 0), choose(16, 0), choose(16, 1)
+    assert classes == 10 and len(one) == 16
     assert one.indices == two.indices != three.indices
-    assert len(models.choose_images(str(digits_folder), 1000, 0)) == 40
+    assert len(choose(1000, 0)[0]) == 40
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -281,7 +282,7 @@ def test_images_have_as_many_channels_as_the_network_takes(channels, digits_fold
     argv = ["--model", "test_vit", "--data-dir", str(digits_folder), "--num-images", "20"]
     argv += ["--checkpoint", str(tmp_path / "c.pth"), "--no-importance", "--device", "cpu"]
     assert features.main([*argv, "--output", str(tmp_path / "out")]) == 0
-    images = models.choose_images(str(digits_folder), 20, 0)
+    images, _ = models.choose_images(str(digits_folder), 20, 0)
     images.dataset.input_img_mode = {1: "L", 4: "RGBA"}[channels]
     size = (channels, 160, 160)
     images.dataset.transform = timm.data.create_transform(

@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with refused_with(f"--device {device}"):
             torch.empty(0, device=device)
-        images = models.choose_images(args.data_dir, args.num_images, args.seed)
-        networks = [observe(args, images, source, device) for source in read_sources(args)]
-        write(args, output, images, networks)
+        images, classes = models.choose_images(args.data_dir, args.num_images, args.seed)
+        networks = [observe(args, images, classes, own, device) for own in read_sources(args)]
+        write(args, output, f"{len(images)} validation images of {classes} classes", networks)
     except UsageError as error:
         return report(error)
     return 0
@@ -139,16 +138,13 @@ def short_names(paths: list[str]) -> list[str]:
 
 @torch.no_grad()
 def observe(
-    args: argparse.Namespace, images: Subset, source: models.Source, device: str
+    args: argparse.Namespace, images: Subset, classes: int, source: models.Source, device: str
 ) -> Network:
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
-    dataset: Any = images.dataset
-    classes, count = len(dataset.reader.class_to_idx), len(images)
     model, data, mode = models.build(args, source, classes)
-    paths, modules = layers.choose(
-        model, models.trace(args.model, model, data["input_size"]), args.layers
-    )
+    every_path = models.trace(args.model, model, data["input_size"])
+    paths, modules = layers.choose(model, every_path, args.layers)
     outputs = getattr(model, "num_classes", classes)
     if not args.no_importance and outputs != classes:
         raise UsageError(
@@ -170,7 +166,9 @@ def observe(
             sums[name] = sums.get(name, 0) + both
         bar.update(len(y))
 
+    dataset: Any = images.dataset
     dataset.transform, dataset.input_img_mode = create_transform(**data), mode
+    count = len(images)
     bar = tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label)
     with bar:
         for i, (x, y) in enumerate(DataLoader(images, args.batch_size)):
@@ -217,13 +215,13 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
     )
 
 
-def write(args: argparse.Namespace, output: Path, images: Subset, networks: list[Network]) -> None:
-    """Figures, tables, summary."""
+def write(args: argparse.Namespace, output: Path, images: str, networks: list[Network]) -> None:
+    """Figures, tables, summary; `images` says what was passed through the networks."""
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
     kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
     grid = [(KINDS[kind], 0, [own.cka for own in each]) for kind, each in kinds.items()]
-    title = f"Layer similarity in {args.model}, {len(images)} images"
+    title = f"Layer similarity in {args.model}, {images}"
     figures.write_figure(
         output / "similarity",
         figures.similarity_grid(grid, labels, "similarity (linear CKA)", title),
@@ -240,10 +238,14 @@ def write(args: argparse.Namespace, output: Path, images: Subset, networks: list
     title = f"Dimensions that the features of {args.model} use"
     figure = figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
     figures.save(figure, output / "rank.png")
+    rows = []
+    for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
+        climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []
+        climbs = [*(f"{climb:.6f}" for climb in climbs), "", ""]
+        for i, (name, width, climb) in enumerate(zip(own.names, own.width, climbs, strict=False)):
+            rows.append((network.label, kind, i, name, width, f"{own.rank[i]:.4f}", climb))
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
-    figures.write_csv(
-        output / "layers.csv", header, (row for n in networks for row in _layer_rows(n))
-    )
+    figures.write_csv(output / "layers.csv", header, rows)
     if names := list(networks[0].importance):
         rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
         figures.write_figure(
@@ -262,21 +264,11 @@ def write(args: argparse.Namespace, output: Path, images: Subset, networks: list
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def _layer_rows(network: Network) -> Iterator[tuple]:
-    for kind, own in network.kinds.items():
-        climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []
-        for i, name in enumerate(own.names):
-            climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
-            yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
-
-
-def summary(args: argparse.Namespace, images: Subset, networks: list[Network]) -> str:
+def summary(args: argparse.Namespace, images: str, networks: list[Network]) -> str:
     """What was measured, as plain text."""
-    dataset: Any = images.dataset
-    classes = len(dataset.reader.class_to_idx)
     folder = f"--data-dir {args.data_dir}" if args.data_dir else "the demo (handwritten digits)"
     lines = [
-        f"{args.model}: {len(images)} validation images of {classes} classes from {folder}",
+        f"{args.model}: {images} from {folder}",
         f"CKA: linear, {args.cka}; positions pooled: {args.pool}; revisit score: 0 where features "
         "only stay or drift away, 1 where all are lost and come back",
     ]
@@ -287,10 +279,7 @@ def summary(args: argparse.Namespace, images: Subset, networks: list[Network]) -
         for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
             if len(own.names) > 2:
-                cka, cosine = (
-                    similarity.revisit_score(own.cka),
-                    similarity.revisit_score(own.cosine),
-                )
+                cka, cosine = map(similarity.revisit_score, (own.cka, own.cosine))
                 score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
             rank = statistics.mean(own.rank.tolist())
             what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.config import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
 from timm.models import get_pretrained_cfg, load_state_dict
@@ -19,17 +18,21 @@ import timm_rdp
 from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.training.checkpoint import check_fit, read_checkpoint, weights_of
 from timm_rdp.training.data import make_dataset
-from timm_rdp.training.model import create_model, img_size_kwargs
+from timm_rdp.training.flags import build_parser
+from timm_rdp.training.model import build_model
 from timm_rdp.training.options import prepare_demo
 
 # Fewer images than this say more about themselves than about the layers.
 MIN_IMAGES = 16
-# How a checkpoint's images were prepared, as timm's data config calls it.
-DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+# What a checkpoint's model and images are rebuilt from, as its training options call it.
+AS_TRAINED = (
+    *("model_kwargs", "gp", "num_classes", "img_size", "in_chans", "input_size"),
+    *("mean", "std", "crop_pct", "crop_mode", "interpolation"),
+)
 
 
-def choose_images(folder: str | None, count: int, seed: int) -> Subset:
-    """Some of a folder's validation images, drawn with a seed.
+def choose_images(folder: str | None, count: int, seed: int) -> tuple[Subset, int]:
+    """Some of a folder's validation images, drawn with a seed, and how many classes it has.
 
     Args:
         folder: as for training, with a `validation` or `val` folder of class folders, or class
@@ -54,7 +57,8 @@ def choose_images(folder: str | None, count: int, seed: int) -> Subset:
             f"(CKA); give {MIN_IMAGES} or more"
         )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return Subset(dataset, order[:count].sort().values.tolist())
+    images = Subset(dataset, order[:count].sort().values.tolist())
+    return images, len(dataset.reader.class_to_idx)
 
 
 @dataclass
@@ -102,11 +106,8 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     return Source(label, path, weights, settings)
 
 
-def class_count(source: Source, model: str, asked: int | None, of_data: int) -> int:
-    """How many outputs to build the model with: as asked, as trained, or as the data have."""
-    known = asked or source.settings.get("num_classes")
-    if known:
-        return known
+def class_count(source: Source, model: str, of_data: int) -> int:
+    """How many outputs a model has by the weights of its classifier; as the data have without."""
     classifier = getattr(get_pretrained_cfg(model), "classifier", None) or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         if source.weights and f"{name}.weight" in source.weights:
@@ -132,32 +133,24 @@ def build(
         UsageError: timm cannot build it so, it takes no drop path rate, the weights do not fit, or
             no images have as many channels.
     """
+    options = vars(build_parser().parse_args([])) | {"rank": 0, "distributed": False}
     trained = source.settings
-    sizes = {name: getattr(args, name) or trained.get(name) for name in ("img_size", "in_chans")}
-    sizes["input_size"] = None if args.img_size else trained.get("input_size")
-    channels = sizes["in_chans"] or (sizes["input_size"] or [3])[0]
-    outputs = None
-    if not args.pretrained or args.num_classes:
-        outputs = class_count(source, args.model, args.num_classes, classes)
-    kwargs = dict(trained.get("model_kwargs") or {})
-    asked = argparse.Namespace(model=args.model, model_kwargs=kwargs, **sizes)
+    options |= {name: trained[name] for name in AS_TRAINED if trained.get(name) is not None}
+    if args.img_size:
+        options["input_size"] = None
+    asked = ("model", "pretrained", "num_classes", "img_size", "in_chans")
+    options |= {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
+    if not (options["num_classes"] or args.pretrained):
+        options["num_classes"] = class_count(source, args.model, classes)
     # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
-    kwargs |= img_size_kwargs(asked) | {"drop_path_rate": 0.1}
-    model = create_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=outputs,
-        in_chans=channels,
-        global_pool=trained.get("gp"),
-        **kwargs,
-    )
+    options["drop_path"] = 0.1
+    model, data = build_model(argparse.Namespace(**options), torch.device("cpu"), None)
     if source.weights is not None:
         check_fit(model, source.weights, f"--checkpoint {source.path}", args.model)
         model.load_state_dict(source.weights)
     fill_drop_path_slots(model)
 
-    known = {name: trained[name] for name in DATA_SETTINGS if trained.get(name) is not None}
-    data = resolve_data_config({**known, **sizes, "in_chans": channels}, model=model)
+    channels = options["in_chans"] or (options["input_size"] or [3])[0]
     data["input_size"] = (channels, *data["input_size"][1:])
     data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
     mode = trained.get("input_img_mode") or {1: "L", 4: "RGBA"}.get(channels, "RGB")
