@@ -105,7 +105,11 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
             rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
-        trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
+        rates, trained = [path.drop_prob for path in rdp.paths], 0
+        for cycle in range(UPDATE_CYCLES):
+            kept = sample_masks(0, cycle, rates)
+            dropped = [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
+            trained += bool(rdp.dropped_part(dropped))
         costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
     if args.naflex_loader:
         return costs
@@ -121,11 +125,6 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
         phases = dict.fromkeys(phases, update)
     counted = {"update": update, **phases}
     return costs | {name: flops / args.batch_size for name, flops in counted.items()}
-
-
-def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
-    kept = sample_masks(0, cycle, [path.drop_prob for path in rdp.paths])
-    return [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
@@ -149,21 +148,6 @@ def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> dict[str, float]:
                     known[key] = _flops(rdp.model, images)
             counts[it.phase].append(known[key])
     return {phase: fmean(own or [0.0]) for phase, own in counts.items()}
-
-
-def flops_per_image(variant: str, costs: dict, every: int) -> float:
-    """FLOPs of an image of an epoch, on average, with a complement iteration every so often.
-
-    Args:
-        costs: from `count_costs`, where it could count.
-    """
-    if variant in ("plain", "droppath", "droppath-matched"):
-        return costs["update"]
-    if variant == "droppath-batch":
-        return costs["droppath"]
-    complements = costs["complements"] / every
-    cycle = costs["droppath"] + complements * costs["complement"]
-    return cycle / (1 + complements) if variant == "rdp-next" else cycle
 
 
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:

@@ -13,17 +13,8 @@ import torch
 import yaml
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.study.compare import cost
-from timm_rdp.study.compare.runs import (
-    FOR_RDP,
-    MATCHED,
-    RDP_VARIANTS,
-    RECIPE,
-    Cell,
-    Training,
-    cells_of,
-    variant_flags,
-)
+from timm_rdp.study.compare import cost, runs
+from timm_rdp.study.compare.runs import FOR_RDP, MATCHED, RDP_VARIANTS
 from timm_rdp.training.checkpoint import check_checkpoints
 from timm_rdp.training.data import check_data
 from timm_rdp.training.files import write_atomically
@@ -100,7 +91,7 @@ def read_grid(output: Path) -> dict[str, Any] | None:
         grid = json.loads((output / GRID).read_text())
         for name in ("model", "data_dir", "dataset", *FOR_RDP):
             grid["options"][name]
-        cells_of(grid["runs"])
+        runs.cells_of(grid["runs"])
         for name in ("versions", "matched_epochs"):
             grid[name].keys()
         for key in grid["costs"]:
@@ -112,7 +103,7 @@ def read_grid(output: Path) -> dict[str, Any] | None:
 def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
     """Write grid.json and recipe.yaml."""
     write_atomically(str(output / GRID), (json.dumps(grid, indent=2) + "\n").encode())
-    write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
+    write_atomically(str(output / runs.RECIPE), yaml.safe_dump(shared_options(options)).encode())
 
 
 def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,9 +182,14 @@ def flops_of_epochs(
     if costs is None or costs["update"] is None:
         return None
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
-    own = cost.flops_per_image(variant, costs, options["rdp_every"])
-    start = options["rdp_start_epoch"] if variant in RDP_VARIANTS else 0
-    early = min(start, epochs)
+    early, own = 0, costs["update"]  # epochs without RDP, and FLOPs of an image in the others
+    if variant == "droppath-batch":
+        own = costs["droppath"]
+    if variant in RDP_VARIANTS:
+        early = min(options["rdp_start_epoch"], epochs)
+        complements = costs["complements"] / options["rdp_every"]
+        own = costs["droppath"] + complements * costs["complement"]
+        own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)
 
 
@@ -216,14 +212,14 @@ def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: floa
 
 
 def training_of(
-    cell: Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
-) -> Training:
+    cell: runs.Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
+) -> runs.Training:
     """What to train for a cell."""
-    flags = variant_flags(cell.variant, cell.drop_path, options)
+    flags = runs.variant_flags(cell.variant, cell.drop_path, options)
     flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
     epochs = options.epochs
     if cell.variant == MATCHED:
         epochs = grid["matched_epochs"][str(cell.drop_path)]
         flags += ["--epochs", str(epochs)]
     folder = output / "runs" / cell.name
-    return Training(folder, tuple(flags), cost.total_epochs(options, epochs))
+    return runs.Training(folder, tuple(flags), cost.total_epochs(options, epochs))

@@ -107,7 +107,10 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     for rate in rates if runs.MATCHED in args.variants else ():
         grids.settle_matched(grid, options, rate)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
-    cells = _cells(args, rates)
+    cells = []  # seed by seed, so that what there is can be compared at any time
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
+        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
     grid["runs"] = sorted({cell.name for cell in cells}.union(grid["runs"]))
 
     with refused_with(f"--output {output} cannot be made, name another folder"):
@@ -140,12 +143,3 @@ def locked(output: Path) -> Iterator[int]:
         with refused_with(f"--output {output}: another comparison is at work there, wait for it"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield lock.fileno()
-
-
-def _cells(args: argparse.Namespace, rates: list[float]) -> list[runs.Cell]:
-    """The grid, seed by seed, so that what there is can be compared at any time."""
-    cells = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
-        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
-    return cells

@@ -120,22 +120,20 @@ def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Co
         of_variant = {row.variant: row for row in rows}
         # A reference is not compared with itself, nor is a pair the other way round.
         for row in rows if reference in of_variant else ():
-            if row.variant not in REFERENCES[: i + 1]:
-                row.comparisons[reference] = _compare(row, of_variant[reference])
-                comparisons.append(row.comparisons[reference])
+            if row.variant in REFERENCES[: i + 1]:
+                continue
+            a, b = row.scores, of_variant[reference].scores
+            differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+            difference, p = mean_of(differences), paired_p(differences)
+            comparison = Comparison(row.drop_path, row.variant, reference, difference, p)
+            row.comparisons[reference] = comparison
+            comparisons.append(comparison)
         usual = of_variant["droppath"].flops if "droppath" in of_variant else None
         for row in rows:
             row.relative = row.flops / usual if row.flops and usual else None
     for comparison, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True):
         comparison.corrected = p
     return table, comparisons
-
-
-def _compare(row: Row, reference: Row) -> Comparison:
-    seeds = row.scores.keys() & reference.scores.keys()
-    differences = [row.scores[seed] - reference.scores[seed] for seed in sorted(seeds)]
-    p = paired_p(differences)
-    return Comparison(row.drop_path, row.variant, reference.variant, mean_of(differences), p)
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -164,7 +162,8 @@ def paired_p(differences: Sequence[float]) -> float | None:
         return None if unequal.pop() else 1.0
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(differences, 0)[1])
+    test: Any = ttest_1samp(differences, 0)
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

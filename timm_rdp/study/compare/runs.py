@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -58,13 +58,15 @@ class Cell:
         return f"{self.variant}{rate}-seed{self.seed}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
     """A run to do: its folder, its flags beside those of the recipe, how many epochs it takes."""
 
     folder: Path
     flags: tuple[str, ...]
     epochs: int
+    is_first: bool = True  # there is nothing of an earlier attempt
+    log_start: int = 0
 
 
 @dataclass
@@ -75,13 +77,6 @@ class Record:
     epochs: int
     error: str
     status: str
-
-
-class _Attempt(NamedTuple):
-    training: Training
-    process: subprocess.Popen
-    first: bool  # there was nothing before
-    log_start: int
 
 
 def cells_of(names: Iterable[str]) -> list[Cell]:
@@ -166,14 +161,14 @@ def train_all(
         the signal that stopped them, else 0
     """
     waiting, stop, stopped_at = deque(trainings), 0, 0.0
-    active: dict[int, _Attempt] = {}
+    active: dict[int, tuple[Training, subprocess.Popen]] = {}
 
     def forward(number: int, _: Any) -> None:
         nonlocal stop, stopped_at
         if stop and time.monotonic() - stopped_at < _SAME_SIGNAL:
             return
-        for attempt in active.values():
-            attempt.process.send_signal(signal.SIGKILL if stop else _passed_on(number))
+        for _, process in active.values():
+            process.send_signal(signal.SIGKILL if stop else _passed_on(number))
         stop, stopped_at = stop or number, stopped_at or time.monotonic()
 
     bar = tqdm(total=len(trainings), unit="run", smoothing=0, disable=None, dynamic_ncols=True)
@@ -182,23 +177,24 @@ def train_all(
         while active or (waiting and not stop):
             for slot, environment in enumerate(environments):
                 if slot not in active and waiting and not stop:
-                    active[slot] = _start(waiting.popleft(), environment, lock)
+                    training = waiting.popleft()
+                    active[slot] = training, _start(training, environment, lock)
                     if stop:  # it came while the process was made
-                        active[slot].process.send_signal(_passed_on(stop))
-            for slot, attempt in list(active.items()):
-                if attempt.process.poll() is not None:
+                        active[slot][1].send_signal(_passed_on(stop))
+            for slot, (training, process) in list(active.items()):
+                if process.poll() is not None:
                     del active[slot]
                     ended = len(trainings) - len(waiting) - len(active)
-                    line = f"[{ended}/{len(trainings)}] {_finish(attempt, stopped=bool(stop))}"
-                    bar.write(line, file=sys.stderr)
+                    what = _finish(training, process.returncode, stopped=bool(stop))
+                    bar.write(f"[{ended}/{len(trainings)}] {what}", file=sys.stderr)
                     bar.update()
             time.sleep(_POLL)
     finally:
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for attempt in active.values():  # something went wrong here
-            attempt.process.terminate()
+        for _, process in active.values():  # something went wrong here
+            process.terminate()
     return stop
 
 
@@ -214,11 +210,12 @@ def _passed_on(number: int) -> int:
     return number if number == signal.SIGINT else signal.SIGTERM
 
 
-def _start(training: Training, environment: Mapping[str, str], lock: int) -> _Attempt:
+def _start(training: Training, environment: Mapping[str, str], lock: int) -> subprocess.Popen:
     Path(f"{training.folder}.json").unlink(missing_ok=True)
-    first = not training.folder.exists()
+    training.is_first = not training.folder.exists()
     with open(f"{training.folder}.log", "ab") as log:
-        process = subprocess.Popen(
+        training.log_start = log.tell()
+        return subprocess.Popen(
             training_command(training),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -227,31 +224,25 @@ def _start(training: Training, environment: Mapping[str, str], lock: int) -> _At
             pass_fds=(lock,),
             start_new_session=True,  # Ctrl-C on the terminal reaches it once, through us
         )
-        return _Attempt(training, process, first, log.tell())
 
 
-def _finish(attempt: _Attempt, stopped: bool) -> str:
+def _finish(training: Training, code: int, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
-    folder, code = attempt.training.folder, attempt.process.returncode
+    folder = training.folder
     status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
-    if code or epochs < attempt.training.epochs:
+    if code or epochs < training.epochs:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
-        error = _error(Path(f"{folder}.log"), attempt.log_start, code)
+        log = Path(f"{folder}.log").read_bytes()[training.log_start :].decode(errors="replace")
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("error: ")]
+        killed = [f"killed by signal {-code}"] if code < 0 else []
+        error = [f"exit status {code}", *lines[-1:], *killed, *told[-1:]][-1][:300]
         status = DIVERGED if code == 1 and _RAN_AWAY.match(error) else FAILED
     # Without the process's start, which takes as long for every variant: args.yaml is written when
     # all is set up. Of a resumed run only a part was measured.
-    if attempt.first and (folder / "args.yaml").exists():
+    if training.is_first and (folder / "args.yaml").exists():
         seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
     record = asdict(Record(seconds, epochs, error, status))
     write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())
     return f"{folder.name} {status}" + (f": {error} (see {folder}.log)" if error else "")
-
-
-def _error(log: Path, start: int, code: int) -> str:
-    """The last error that a run's log tells of, or else what there is to say."""
-    lines = [x for x in log.read_bytes()[start:].decode(errors="replace").splitlines() if x.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    if told or code < 0:
-        return told[-1] if told else f"killed by signal {-code}"
-    return lines[-1].strip()[:300] if lines else f"exit status {code}"
