@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.errors import UsageError, refused_with, report
@@ -54,6 +53,12 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         return {"elements": elements, "tensors": len(names), "share": share, "parameters": names}
 
     together = rdp.dropped_part(p.name for p in rdp.paths)
+    left, largest = set(sizes.keys() - together), []  # modules that are wholly on no path
+    for prefix, module in rdp.model.named_modules(remove_duplicate=False):
+        inside = {f"{prefix}.{n}" for n, _ in module.named_parameters()}
+        if prefix and inside and inside <= left:
+            largest.append(prefix)
+            left -= inside
     return {
         "elements": total,
         "tensors": len(sizes),
@@ -71,7 +76,7 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         "non_residual": [{"name": p.name, "drop_prob": p.drop_prob} for p in rdp.non_residual],
         "mean_dropped_per_cycle": sum(p.drop_prob for p in rdp.paths),
         "cycles_without_a_drop": math.prod(1 - p.drop_prob for p in rdp.paths),
-        "modules_not_on_any_path": _modules_of(rdp.model, sizes.keys() - together),
+        "modules_not_on_any_path": sorted(left) + largest,
     }
 
 
@@ -124,10 +129,8 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="name of a timm model")
-    rate = "drop path rate that it is created with"
-    add("--drop-path", type=RATE, default=0.1, metavar="RATE", help=rate)
-    size = "size of the square images that it takes (default: the model's own)"
-    add("--img-size", type=COUNT, help=size)
+    add("--drop-path", type=RATE, default=0.1, metavar="RATE", help="its drop path rate")
+    add("--img-size", type=COUNT, help="image height and width in pixels (default: the model's)")
     pairs = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}
     add("--model-kwargs", **pairs, help="further arguments of the model")
     add("--json", action="store_true", help="print JSON, with the names of all parameters")
@@ -153,23 +156,7 @@ def _patch(args: argparse.Namespace) -> ResidualDropPath:
         return ResidualDropPath(model, example_input=example_input)
 
 
-def _modules_of(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The largest modules of which every parameter is among `names`, and what is left over."""
-    left = set(names)
-    largest = []
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        inside = {f"{prefix}.{n}" for n, _ in module.named_parameters()}
-        if prefix and inside and inside <= left:
-            largest.append(prefix)
-            left -= inside
-    return sorted(left) + largest
-
-
 def _wrapped(names: Iterable[str]) -> list[str]:
     text = ", ".join(name.replace(" ", "\0") for name in names)  # no break within a name
     lines = textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
     return [f"  {line}".replace("\0", " ") for line in lines]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

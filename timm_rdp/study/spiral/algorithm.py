@@ -1,5 +1,6 @@
 """Fig. 5 of the paper: a cycle's stages, drawn from a real mask of a real model."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,12 @@ def draw(cycle: CycleOfModel) -> "Figure":
     from matplotlib.patches import Patch
 
     names = [row.name for row in cycle.rows]
+    lines = -(-len(names) // PER_LINE)
+    # Names of blocks are turned where they would not fit below their paths.
+    runs = Counter(map(_block, names))
+    turned = any(len(block) > 7 * paths for block, paths in runs.items())
     figure = new_figure(
-        height=3 * (0.5 + 1.25 * -(-len(names) // PER_LINE)) + 1.2,
+        height=3 * (0.5 + (1.25 if turned else 0.85) * lines) + 1.2,
         title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
         "(a box is a path; the line below is the residual stream, with all that is on no path "
         "at its ends)",
@@ -121,45 +126,46 @@ def draw(cycle: CycleOfModel) -> "Figure":
     ]
     for axes, (title, states, rest) in zip(figure.subplots(3, 1), stages, strict=True):
         axes.set_title(title, fontsize=9.5, loc="left")
-        _stage(axes, names, states, rest)
+        _stage(axes, names, states, rest, turned)
     handles = [Patch(label=state, **style) for state, style in STYLE.items()]
     look = {"ncols": 4, "fontsize": 8.5, "frameon": False}
     figure.legend(handles=handles, loc="outside lower center", **look)
     return figure
 
 
-def _stage(axes: "Axes", names: list[str], states: list[str], rest: str) -> None:
+def _block(name: str) -> str:
+    return name.partition("#")[0].rpartition(".")[0]
+
+
+def _stage(axes: "Axes", names: list[str], states: list[str], rest: str, turned: bool) -> None:
     """The network in one stage; `rest` is what everything does that is on no path."""
-    pitch = 2.5
+    pitch = 2.5 if turned else 1.7
     starts = range(0, len(names), PER_LINE)
     axes.set(xlim=(-0.6, min(PER_LINE, len(names)) + 1.6))
     axes.set(ylim=(-pitch * len(starts) + 1.05, 1.15))
     axes.axis("off")
+
+    def box(x: float, y: float, state: str, half: float) -> None:
+        axes.bar(x, 0.54, 2 * half, y - 0.27, linewidth=1, zorder=2, **STYLE[state])
+
     for line, start in enumerate(starts):
         y = -pitch * line
         own = names[start : start + PER_LINE]
         axes.plot([-0.3, len(own) + 1.3], [y, y], color="black", linewidth=1, zorder=0)
         if line == 0:
-            _box(axes, 0, y, rest, 0.36)
+            box(0, y, rest, 0.36)
         if start == starts[-1]:
-            _box(axes, len(own) + 1, y, rest, 0.36)
+            box(len(own) + 1, y, rest, 0.36)
         for i, state in enumerate(states[start : start + PER_LINE], start=1):
             wire = {"color": "#bbbbbb" if state == DROPPED else "black", "linewidth": 0.8}
             axes.plot([i - 0.42, i - 0.42, i + 0.42, i + 0.42], [y, y + 0.7, y + 0.7, y], **wire)
             axes.plot(i + 0.42, y, "o", color="black", markersize=2.5)
-            _box(axes, i, y + 0.7, state, 0.28)
+            box(i, y + 0.7, state, 0.28)
+            if state == DROPPED:
+                axes.plot(i, y + 0.7, "x", color=STYLE[state]["edgecolor"], markersize=7, zorder=3)
         end = 0
-        for block, paths in groupby(own, lambda name: name.partition("#")[0].rpartition(".")[0]):
+        for block, paths in groupby(own, _block):
             first, end = end, end + len(list(paths))
             axes.plot([first + 0.6, end + 0.4], [y - 0.2, y - 0.2], color="#6a6a6a", linewidth=0.8)
-            look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90}
+            look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90 * turned}
             axes.text((first + end + 1) / 2, y - 0.3, block[-16:], **look)
-
-
-def _box(axes: "Axes", x: float, y: float, state: str, half: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    corner = (x - half, y - 0.27)
-    axes.add_patch(Rectangle(corner, 2 * half, 0.54, linewidth=1, zorder=2, **STYLE[state]))
-    if state == DROPPED:
-        axes.plot(x, y, "x", color=STYLE[DROPPED]["edgecolor"], markersize=7, zorder=3)

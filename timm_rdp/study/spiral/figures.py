@@ -119,7 +119,7 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
 
 
 def similarities(similarity: dict[str, Tensor]) -> "Figure":
-    """Fig. 3: heatmaps of CKA between all pairs of layers, and one row of each as a curve.
+    """Fig. 3: heatmaps of CKA, and the row of the layer that returns most strongly as a curve.
 
     Args:
         similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
@@ -136,31 +136,25 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
         upper.set(xlabel="layer number", ylabel="layer number")
         score = revisit_score(matrix)
         upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
-        _return_curve(lower, matrix, first)
-    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
-    top.suptitle(
-        "Similarity between the layers of the plain network, and where it returns after a fall",
-        fontsize=11,
-    )
-    return figure
 
-
-def _return_curve(axes: "Axes", matrix: Tensor, first: int) -> None:
-    """Similarity of all layers with the one that returns most strongly."""
-    start, lost, back = strongest_return(matrix)
-    numbers = np.arange(len(matrix)) + first
-    axes.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
-    axes.axvline(start + first, color=GREY, linestyle=":")
-    if matrix[start, back] - matrix[start, lost] >= 0.05:
+        start, lost, back = strongest_return(matrix)
+        row = matrix[start].numpy()
+        lower.plot(np.arange(len(row)) + first, row, color=BLUE, marker="o", markersize=3)
+        lower.axvline(start + first, color=GREY, linestyle=":")
         for at, text, offset in ((lost, "lost", -17), (back, "back", 9)):
-            point = (at + first, matrix[start, at].item())
-            axes.plot(*point, "s", color=RED, markeredgecolor="black", markersize=8)
-            where = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(text, point, fontsize=8, **where)
-    axes.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
-    axes.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
-    axes.grid(alpha=0.3)
-    figures.integer_ticks(axes, "x", 8)
+            if row[back] - row[lost] >= 0.05:
+                point = (at + first, row[at])
+                lower.plot(*point, "s", color=RED, markeredgecolor="black", markersize=8)
+                where = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
+                lower.annotate(text, point, fontsize=8, **where)
+        lower.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
+        lower.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
+        lower.grid(alpha=0.3)
+        figures.integer_ticks(lower, "x", 8)
+    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
+    title = "Similarity between the layers of the plain network, and where it returns after a fall"
+    top.suptitle(title, fontsize=11)
+    return figure
 
 
 def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
