@@ -95,7 +95,7 @@ DRAWINGS = [value for name, value in sorted(globals().items()) if name.startswit
 
 @pytest.mark.parametrize("draw", DRAWINGS, ids=lambda f: f.__name__.removeprefix("draw_"))
 def test_every_figure_renders_headless_and_is_not_blank(draw, toy_features, tmp_path):
-    figures.save(draw(toy_features), tmp_path / "figure.png")
+    draw(toy_features).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size < 200_000
     with Image.open(tmp_path / "figure.png") as image:
         assert image.width <= 1000
@@ -174,6 +174,6 @@ def test_overlap_of_equal_distributions_is_one_and_of_disjoint_ones_zero():
 def test_saved_png_holds_the_rendered_pixels(toy_features):
     figure = draw_spirals(toy_features)
     file = io.BytesIO()
-    figures.save(figure, file)
+    figure.savefig(file)
     with Image.open(file) as image:
         assert np.array_equal(np.asarray(image.convert("RGB")), figures.pixels(figure))

@@ -7,11 +7,10 @@ kinds of colour blindness; nothing is told by colour alone.
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,11 +35,6 @@ def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure"
     return figure
 
 
-def save(figure: "Figure", path: Path | IO[bytes]) -> None:
-    """Write a figure as a PNG."""
-    Image.fromarray(pixels(figure)).save(path, "PNG", optimize=True)
-
-
 def pixels(figure: "Figure") -> np.ndarray:
     """Render a figure: (height, width, 3), uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,49 +44,38 @@ def pixels(figure: "Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+def write_csv(path: Path, header: Iterable[str], rows: Iterable) -> None:
     """Write the numbers behind a figure."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
-def write_figure(
-    path: Path, figure: "Figure", header: Iterable[str], rows: Iterable[Iterable]
-) -> None:
+def write_figure(path: Path, figure: "Figure", header: Iterable[str], rows: Iterable) -> None:
     """Write a figure as `path`.png and the numbers behind it as `path`.csv."""
-    save(figure, path.with_suffix(".png"))
+    figure.savefig(path.with_suffix(".png"))
     write_csv(path.with_suffix(".csv"), header, rows)
 
 
 def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int) -> None:
     """Draw a (layers, layers) matrix, layer `first` at the lower left; NaN is left grey."""
-    import matplotlib
-
     edges = (first - 0.5, first + len(similarity) - 0.5)
-    integer_ticks(axes, "xy", 6)
+    axes.set_facecolor("#d9d9d9")
     axes.imshow(
-        np.ma.masked_invalid(similarity.numpy()),
+        similarity.numpy(),
         origin="lower",
         extent=(*edges, *edges),
         vmin=scale[0],
         vmax=scale[1],
-        cmap=matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#d9d9d9"),
+        cmap=SEQUENTIAL,
         interpolation="nearest",
     )
+    axes.locator_params(nbins=6, integer=True)
 
 
 def colour_range(matrices: list[Tensor]) -> tuple[float, float]:
     """One colour scale for all matrices: from the lowest value (0.5 or less) to 1."""
-    lowest = min(m[~m.isnan()].min().item() for m in matrices)
+    lowest = min(np.nanmin(matrix.numpy()) for matrix in matrices)
     return min(np.floor(lowest * 10) / 10, 0.5), 1.0
-
-
-def integer_ticks(axes: "Axes", which: str, most: int) -> None:
-    """Whole numbers on the axes that `which` names ("x", "y" or both), `most` of them at most."""
-    from matplotlib.ticker import MaxNLocator
-
-    for name in which:
-        getattr(axes, f"{name}axis").set_major_locator(MaxNLocator(most, integer=True))
 
 
 def legend_of_networks(figure: "Figure", axes: "Axes", columns: list[str]) -> None:
@@ -110,7 +93,6 @@ def similarity_grid(
         rows: (what the layers are, number of the first, one (layers, layers) matrix a column).
         columns: names of the networks.
         measure: what the colour shows.
-        title: what is seen.
     """
     scale = colour_range([m for *_, row in rows for m in row])
     several = len(columns) > 1
@@ -142,8 +124,6 @@ def lines_per_layer(
     Args:
         panels: (what the layers are, one (layers,) tensor a network).
         columns: names of the networks.
-        ylabel: what is plotted, with its unit.
-        title: what is seen.
     """
     figure = new_figure(height=3.2, title=title)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -151,7 +131,7 @@ def lines_per_layer(
         for i, (name, value) in enumerate(zip(columns, values, strict=True)):
             look = {"marker": MARKERS[i % len(MARKERS)], "color": TONES[i % len(TONES)]}
             axes.plot(value.numpy(), **look, markersize=4, linewidth=1, label=name)
-        integer_ticks(axes, "x", 8)
+        axes.locator_params("x", nbins=8, integer=True)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"layer number ({kind})")
         axes.set_ylabel(ylabel)

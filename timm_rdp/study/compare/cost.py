@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import refused_with
 from timm_rdp.training.data import close_data, create_data
@@ -22,7 +21,6 @@ from timm_rdp.training.inputs import example_input
 from timm_rdp.training.model import build_model, setup_precision
 
 FLOP_CYCLES = 50
-UPDATE_CYCLES = 200
 
 
 def convolution_backward_flops(
@@ -85,8 +83,8 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
 def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
     """What the kinds of update of a model cost.
 
-    Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
-    of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
+    What a drop saves is averaged over the first cycles of seed 0. FLOPs are those of the model,
+    not of a teacher, at its input size.
 
     Args:
         model: from `build_on_meta`; it is patched for good.
@@ -95,7 +93,7 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
         "update", "droppath", "complement": FLOPs per image, forward and backward, of timm's own
             update and of the mean iteration of each phase; None where they cannot be counted
             without data
-        "complements": complement iterations per cycle
+        "complements": complement iterations per cycle, as expected over masks
 
     Raises:
         UsageError: no path can be dropped.
@@ -105,12 +103,9 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
             rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
-        rates, trained = [path.drop_prob for path in rdp.paths], 0
-        for cycle in range(UPDATE_CYCLES):
-            kept = sample_masks(0, cycle, rates)
-            dropped = [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
-            trained += bool(rdp.dropped_part(dropped))
-        costs |= {"droppath": None, "complement": None, "complements": trained / UPDATE_CYCLES}
+        # The cycles in which something is dropped that can be trained.
+        complements = 1 - math.prod(1 - path.drop_prob for path in rdp.paths if path.parameters)
+        costs |= {"droppath": None, "complement": None, "complements": complements}
     if args.naflex_loader:
         return costs
     batch = args.batch_size * max(1, args.aug_splits)

@@ -12,7 +12,7 @@ from timm_rdp.study.compare import results
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
 from timm_rdp.study.compare.results import REFERENCES, Comparison, Mean, Row, signed
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS
-from timm_rdp.study.figures import MARKERS, TONES, WIDTH, new_figure, save
+from timm_rdp.study.figures import MARKERS, TONES, WIDTH, new_figure
 from timm_rdp.training.files import write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def write_report(output: Path, pick: str = "last") -> str:
     table, comparisons = results.tabulate(of_runs)
     said = _said(table, comparisons)
     image = io.BytesIO()
-    save(draw(table, grid["options"]["model"], pick), image)
+    draw(table, grid["options"]["model"], pick).savefig(image)
     text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
     contents = (
         _csv(of_runs),

@@ -237,7 +237,7 @@ def write(args: argparse.Namespace, output: Path, images: str, networks: list[Ne
     ranks = [(KINDS[kind], [own.rank for own in each]) for kind, each in kinds.items()]
     title = f"Dimensions that the features of {args.model} use"
     figure = figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
-    figures.save(figure, output / "rank.png")
+    figure.savefig(output / "rank.png")
     rows = []
     for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
         climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []

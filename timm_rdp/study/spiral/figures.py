@@ -150,7 +150,7 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
         lower.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
         lower.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
         lower.grid(alpha=0.3)
-        figures.integer_ticks(lower, "x", 8)
+        lower.locator_params("x", nbins=8, integer=True)
     top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
     title = "Similarity between the layers of the plain network, and where it returns after a fall"
     top.suptitle(title, fontsize=11)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from timm_rdp.errors import UsageError, report
 from timm_rdp.study.features import similarity
-from timm_rdp.study.figures import pixels, save, similarity_grid, write_csv, write_figure
+from timm_rdp.study.figures import pixels, similarity_grid, write_csv, write_figure
 from timm_rdp.study.options import RATE, at_least, check_installed
 from timm_rdp.study.spiral import algorithm, figures, toy
 from timm_rdp.study.spiral.figures import FIRST, LAYERS
@@ -162,7 +162,7 @@ def draw_features(output: Path, cka: dict, features: dict, label: Tensor, kind: 
 
     `cka` and `features` are what `measure` returns; `kind` says which layers figure 1 shows.
     """
-    save(figures.similarities(cka), output / "fig3_similarity.png")
+    figures.similarities(cka).savefig(output / "fig3_similarity.png")
     layers, matrix = features[kind], cka[kind]
     planes = figures.aligned_planes(layers, figures.strongest_return(matrix)[0])
     write_figure(
@@ -182,7 +182,7 @@ def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> N
     rows = [(LAYERS[k], FIRST[k], [own[k] for own in matrices.values()]) for k in LAYERS]
     title = "Layer similarity of untrained and trained networks (the first seed of each)"
     figure = similarity_grid(rows, list(matrices), "linear CKA", title)
-    save(figure, output / "fig3_variants.png")
+    figure.savefig(output / "fig3_variants.png")
     write_csv(
         output / "fig3_similarity.csv",
         ("variant", "layers", "layer", "other_layer", "cka"),
