@@ -89,7 +89,6 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
         layers: (samples, dim) each.
         similarity: their CKA, (layers, layers).
         label: classes, (samples,).
-        kind: "paths" or "blocks".
     """
     start, lost, back = strongest_return(similarity)
     first = FIRST[kind]
@@ -225,7 +224,6 @@ def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
     Args:
         snapshots: (step, accuracy, what `node_histograms` returns); one alone makes a frame of the
             animation.
-        kind: "paths" or "blocks".
     """
     columns = min(3, len(snapshots))
     rows = -(-len(snapshots) // columns)

@@ -17,7 +17,7 @@ from timm_rdp.study.features import similarity
 from timm_rdp.study.figures import pixels, similarity_grid, write_csv, write_figure
 from timm_rdp.study.options import RATE, at_least, check_installed
 from timm_rdp.study.spiral import algorithm, figures, toy
-from timm_rdp.study.spiral.figures import FIRST, LAYERS
+from timm_rdp.study.spiral.figures import FIRST, LAYERS, aligned_planes
 from timm_rdp.training.files import check_output
 from timm_rdp.training.flags import AMOUNT, COUNT, POSITIVE, SEED, Parser, show_defaults
 
@@ -46,7 +46,7 @@ def _parser() -> Parser:
     add("--lr", type=POSITIVE, default=3e-3, help="learning rate at the start (AdamW, cosine)")
     add("--seeds", type=COUNT, default=6, help="networks per variant")
     add("--seed", type=SEED, default=0, help="the first of the seeds (default: 0)")
-    layers = "of figures 1 and 4: what each path puts out, or the sums after the residuals"
+    layers = "of figures 1 and 4: what paths put out, or sums after residuals"
     add("--layers", default="paths", choices=tuple(LAYERS), help=layers)
     add("--model", default="vit_tiny_patch16_224", metavar="NAME", help="timm model of figure 5")
     add("--model-drop-path", type=RATE, default=0.2, metavar="RATE", help="its drop path rate")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     data = toy.two_spirals(args.points, args.noise, args.turns, args.seed)
     unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
     measured: dict[str, list[dict[str, float]]] = {v: [] for v in ("untrained", *toy.VARIANTS)}
-    first: dict[str, tuple[dict, dict]] = {}  # matrices and features of the first seed
+    first: dict[str, tuple] = {}  # all that was measured of the first seed
     settings = {name: getattr(args, name) for name in ("steps", "lr", "drop_path", "activation")}
     with tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral") as bar:
         for seed in range(args.seed, args.seed + args.seeds):
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
                 own = settings | {"depth": args.depth, "dim": args.dim, "seed": seed}
                 if variant == "untrained":
                     own["steps"] = 0
-                row, matrices, features = measure(toy.train(variant, data, **own), unseen)
-                measured[variant].append(row)
-                first.setdefault(variant, (matrices, features))
+                found = measure(toy.train(variant, data, **own), unseen)
+                measured[variant].append(found[0])
+                first.setdefault(variant, found)
                 bar.update()
         snapshots = watch_small(args, data, settings)
         bar.update()
@@ -94,8 +94,7 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     output.mkdir(parents=True, exist_ok=True)
     points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
     write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
-    draw_features(output, *first["plain"], unseen[1], args.layers)
-    draw_similarities(output, {variant: matrices for variant, (matrices, _) in first.items()})
+    draw_features(output, first, unseen[1], args.layers)
     draw_training(output, snapshots, args.layers)
     header = ("cycle", *vars(cycle.rows[0]))
     rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
@@ -157,38 +156,34 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
     return snapshots
 
 
-def draw_features(output: Path, cka: dict, features: dict, label: Tensor, kind: str) -> None:
-    """Figures 1 and 3: what the plain network makes of points of these classes.
+def draw_features(output: Path, first: dict[str, tuple], label: Tensor, kind: str) -> None:
+    """Figures 1 and 3, from what `measure` found of each variant on points of these classes.
 
-    `cka` and `features` are what `measure` returns; `kind` says which layers figure 1 shows.
+    `kind` says which layers figure 1 shows.
     """
+    _, cka, features = first["plain"]
     figures.similarities(cka).savefig(output / "fig3_similarity.png")
-    layers, matrix = features[kind], cka[kind]
-    planes = figures.aligned_planes(layers, figures.strongest_return(matrix)[0])
+    start, *_ = figures.strongest_return(cka[kind])
     write_figure(
         output / "fig1_distributions",
-        figures.distributions(layers, matrix, label, kind),
+        figures.distributions(features[kind], cka[kind], label, kind),
         ("layer", "point", "class", "first_component", "second_component"),
         (
             (layer, j, int(c), *(f"{v:.5g}" for v in xy))
-            for layer, plane in enumerate(planes, FIRST[kind])
+            for layer, plane in enumerate(aligned_planes(features[kind], start), FIRST[kind])
             for j, (xy, c) in enumerate(zip(plane.tolist(), label, strict=True))
         ),
     )
-
-
-def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> None:
-    """Figure 3 of all variants, {variant: {kind: CKA}}, and its numbers."""
-    rows = [(LAYERS[k], FIRST[k], [own[k] for own in matrices.values()]) for k in LAYERS]
+    rows = [(LAYERS[k], FIRST[k], [cka[k] for _, cka, _ in first.values()]) for k in LAYERS]
     title = "Layer similarity of untrained and trained networks (the first seed of each)"
-    figure = similarity_grid(rows, list(matrices), "linear CKA", title)
+    figure = similarity_grid(rows, list(first), "linear CKA", title)
     figure.savefig(output / "fig3_variants.png")
     write_csv(
         output / "fig3_similarity.csv",
         ("variant", "layers", "layer", "other_layer", "cka"),
         (
             (variant, kind, layer + FIRST[kind], other + FIRST[kind], f"{value:.6f}")
-            for variant, own in matrices.items()
+            for variant, (_, own, _) in first.items()
             for kind, matrix in own.items()
             for (layer, other), value in np.ndenumerate(matrix)
         ),

@@ -85,14 +85,12 @@ def train(
     variant: str,
     data: tuple[Tensor, Tensor],
     *,
-    depth: int,
-    dim: int,
     steps: int,
     lr: float,
     drop_path: float,
-    activation: str,
     seed: int,
     watch: Callable[[int, ToyNet], None] = lambda step, model: None,
+    **network: Any,
 ) -> ToyNet:
     """Train one toy network on all points at once, with AdamW and a cosine schedule.
 
@@ -103,10 +101,11 @@ def train(
         lr: learning rate at the start.
         seed: of the weights, of timm's DropPath and of RDP's masks.
         watch: called as watch(step, model) before every step and after the last.
+        network: depth, dim and activation of the `ToyNet`.
     """
     x, y = data
     torch.manual_seed(seed)
-    model = ToyNet(depth, dim, drop_path if variant in VARIANTS[1:] else 0.0, activation)
+    model = ToyNet(drop_path=drop_path if variant in VARIANTS[1:] else 0.0, **network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     rdp = None
