@@ -24,8 +24,7 @@ SMALL = ["--img-size", "64", "--num-images", "20", "--batch-size", "8", "--devic
 def vit():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=64, num_classes=10, drop_path_rate=0.1).eval()
-    models.fill_drop_path_slots(model)
-    return model, models.trace("test_vit", model, (3, 64, 64))
+    return model, models.find_paths("test_vit", model, (3, 64, 64))
 
 
 def images_of(folder, count=20):
@@ -95,8 +94,7 @@ def test_a_module_called_twice_gives_two_layers():
     model = timm.create_model(
         "resmlp_12_224", img_size=32, num_classes=4, drop_path_rate=0.1
     ).eval()
-    models.fill_drop_path_slots(model)
-    paths = models.trace("resmlp_12_224", model, (3, 32, 32))
+    paths = models.find_paths("resmlp_12_224", model, (3, 32, 32))
     _, found = layers.run_observed(model, torch.randn(4, 3, 32, 32), paths, {})
     names = [path.name for path in paths]
     assert names[:2] == ["blocks.0.drop_path#0", "blocks.0.drop_path#1"]
@@ -143,11 +141,10 @@ def test_only_the_chosen_call_of_a_shared_module_is_dropped():
     model = timm.create_model(
         "resmlp_12_224", img_size=32, num_classes=4, drop_path_rate=0.1
     ).eval()
-    models.fill_drop_path_slots(model)
     for block in model.blocks:  # layer scale starts near zero and would hide a dropped path
         block.ls1.data.fill_(1)
         block.ls2.data.fill_(1)
-    paths = models.trace("resmlp_12_224", model, (3, 32, 32))
+    paths = models.find_paths("resmlp_12_224", model, (3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         with layers.dropped(model, paths[3]):

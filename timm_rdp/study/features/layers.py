@@ -27,11 +27,10 @@ def blocks_of(model: nn.Module, paths: Sequence[Path]) -> dict[str, nn.Module]:
 def choose(
     model: nn.Module, paths: Sequence[Path], wanted: Sequence[str] | None
 ) -> tuple[list[Path], dict[str, nn.Module]]:
-    """The paths and modules to observe: all paths and blocks, or those that were asked for.
+    """The paths and modules of a model to observe: all paths and blocks, or those wanted.
 
     Args:
-        model: the model.
-        paths: its paths.
+        paths: all its paths.
         wanted: names, which may hold * for any text; paths come before modules of the same name.
 
     Raises:

@@ -37,21 +37,14 @@ class Layers:
 
 @dataclass
 class Network:
-    """What was measured of one network.
-
-    Attributes:
-        kinds: by a key of KINDS.
-        loss, accuracy: of the whole network; None where it has not the images' classes.
-        importance: {path: (loss without it, accuracy without it, rise of the loss)}.
-        skipped: layers whose output is no feature per image.
-    """
+    """What was measured of one network."""
 
     label: str
-    kinds: dict[str, Layers]
-    loss: float | None
+    kinds: dict[str, Layers]  # by a key of KINDS
+    loss: float | None  # None where it has not the images' classes
     accuracy: float | None
-    importance: dict[str, tuple[float, float, float]]
-    skipped: set[str]
+    importance: dict[str, tuple[float, float, float]]  # by path: loss, accuracy, rise of the loss
+    skipped: set[str]  # layers whose output is no feature per image
 
 
 def _parser() -> Parser:
@@ -143,7 +136,7 @@ def observe(
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
     model, data, mode = models.build(args, source, classes)
-    every_path = models.trace(args.model, model, data["input_size"])
+    every_path = models.find_paths(args.model, model, data["input_size"])
     paths, modules = layers.choose(model, every_path, args.layers)
     outputs = getattr(model, "num_classes", classes)
     if not args.no_importance and outputs != classes:
@@ -153,7 +146,7 @@ def observe(
         )
     model.to(device)
     dropping = [] if args.no_importance else paths
-    features: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    features: dict[tuple[str, str], Tensor] = {}  # by a key of KINDS and the layer's name
     skipped: set[str] = set()
     sums: dict[str, Tensor] = {}  # of losses and of right answers, by dropped path, "" for none
 
@@ -169,32 +162,32 @@ def observe(
     dataset: Any = images.dataset
     dataset.transform, dataset.input_img_mode = create_transform(**data), mode
     count = len(images)
-    bar = tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label)
-    with bar:
+    with tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label) as bar:
         for i, (x, y) in enumerate(DataLoader(images, args.batch_size)):
             x, y = x.to(device), y.to(device)
             logits, found = layers.run_observed(
                 model, x, paths, modules, args.pool, not args.layers
             )
             add_up("", logits, y)
-            for (kind, name), pooled in found.items():
-                if pooled is None:
-                    skipped.add(name)
-                    continue
-                # Once per layer: small tensors kept batch by batch would pin the heap between the
-                # big ones that are freed.
-                if name not in features[kind]:
-                    features[kind][name] = torch.empty(count, pooled.shape[1])
-                features[kind][name][i * args.batch_size :][: len(x)] = pooled
+            skipped |= {name for (_, name), pooled in found.items() if pooled is None}
+            for key, pooled in found.items():
+                if pooled is not None:
+                    # Once per layer: small tensors kept batch by batch would pin the heap between
+                    # the big ones that are freed.
+                    if key not in features:
+                        features[key] = torch.empty(count, pooled.shape[1])
+                    features[key][i * args.batch_size :][: len(x)] = pooled
             for path in dropping:
                 with layers.dropped(model, path):
                     add_up(path.name, model(x), y)
     means = {name: (total / count).tolist() for name, total in sums.items()}
     loss, accuracy = means.pop("", (None, None))
     importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
-    kept = {k: {n: f for n, f in own.items() if n not in skipped} for k, own in features.items()}
-    unbiased = args.cka == "unbiased"
-    kinds = {kind: _measure(source.label, own, unbiased) for kind, own in kept.items() if own}
+    kinds = {}
+    for kind in KINDS:
+        own = {n: f for (k, n), f in features.items() if k == kind and n not in skipped}
+        if own:
+            kinds[kind] = _measure(source.label, own, args.cka == "unbiased")
     return Network(source.label, kinds, loss, accuracy, importance, skipped)
 
 
@@ -236,8 +229,8 @@ def write(args: argparse.Namespace, output: Path, images: str, networks: list[Ne
     )
     ranks = [(KINDS[kind], [own.rank for own in each]) for kind, each in kinds.items()]
     title = f"Dimensions that the features of {args.model} use"
-    figure = figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
-    figure.savefig(output / "rank.png")
+    what = "effective rank (dimensions)"
+    figures.lines_per_layer(ranks, labels, what, title).savefig(output / "rank.png")
     rows = []
     for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
         climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []

@@ -106,19 +106,10 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     return Source(label, path, weights, settings)
 
 
-def class_count(source: Source, model: str, of_data: int) -> int:
-    """How many outputs a model has by the weights of its classifier; as the data have without."""
-    classifier = getattr(get_pretrained_cfg(model), "classifier", None) or ()
-    for name in (classifier,) if isinstance(classifier, str) else classifier:
-        if source.weights and f"{name}.weight" in source.weights:
-            return len(source.weights[f"{name}.weight"])
-    return of_data
-
-
 def build(
     args: argparse.Namespace, source: Source, classes: int
 ) -> tuple[nn.Module, dict[str, Any], str]:
-    """Create a model in eval mode, with a DropPath on every path, and load the source's weights.
+    """Create a model in eval mode and load the source's weights.
 
     Args:
         args: model, pretrained, and num_classes, img_size and in_chans, which count before what the
@@ -140,16 +131,17 @@ def build(
         options["input_size"] = None
     asked = ("model", "pretrained", "num_classes", "img_size", "in_chans")
     options |= {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
-    if not (options["num_classes"] or args.pretrained):
-        options["num_classes"] = class_count(source, args.model, classes)
+    if not (options["num_classes"] or args.pretrained):  # as the weights have, else as the images
+        classifier = getattr(get_pretrained_cfg(args.model), "classifier", None) or ()
+        layers = (classifier,) if isinstance(classifier, str) else classifier
+        weights = [source.weights.get(f"{layer}.weight", ()) for layer in layers if source.weights]
+        options["num_classes"] = max(map(len, weights), default=0) or classes
     # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
     options["drop_path"] = 0.1
     model, data = build_model(argparse.Namespace(**options), torch.device("cpu"), None)
     if source.weights is not None:
         check_fit(model, source.weights, f"--checkpoint {source.path}", args.model)
         model.load_state_dict(source.weights)
-    fill_drop_path_slots(model)
-
     channels = options["in_chans"] or (options["input_size"] or [3])[0]
     data["input_size"] = (channels, *data["input_size"][1:])
     data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
@@ -161,20 +153,20 @@ def build(
     return model.eval(), data, mode
 
 
-def fill_drop_path_slots(model: nn.Module) -> None:
-    """Give a DropPath to blocks whose own rate is 0: timm leaves an Identity in its place there."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if name.startswith("drop_path") and type(child) is nn.Identity:
-                setattr(module, name, DropPath(0.1))
+def find_paths(
+    name: str, model: nn.Module, size: tuple[int, int, int]
+) -> tuple[timm_rdp.Path, ...]:
+    """The residual paths of a model for images of a size (C, H, W), in call order.
 
-
-def trace(name: str, model: nn.Module, size: tuple[int, int, int]) -> tuple[timm_rdp.Path, ...]:
-    """The model's residual paths, in call order; its images have the size (C, H, W).
+    Blocks whose rate is 0 get a DropPath too: timm leaves an Identity in its place there.
 
     Raises:
         UsageError: it has none.
     """
+    for module in list(model.modules()):
+        for slot, child in module.named_children():
+            if slot.startswith("drop_path") and type(child) is nn.Identity:
+                setattr(module, slot, DropPath(0.1))
     with refused_with(f"--model {name}"):
         rdp = timm_rdp.ResidualDropPath(model, example_input=torch.zeros(2, *size))
     rdp.detach()
