@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PER_LINE = 24
 # What a path does in a stage, in the legend's words.
 RUNS, TRAINED, FROZEN = "runs", "runs and is trained", "runs, frozen"
 DROPPED = "dropped: not run, not trained"
@@ -97,12 +96,11 @@ def draw(cycle: CycleOfModel) -> "Figure":
     from matplotlib.patches import Patch
 
     names = [row.name for row in cycle.rows]
-    lines = -(-len(names) // PER_LINE)
     # Names of blocks are turned where they would not fit below their paths.
-    runs = Counter(map(_block, names))
-    turned = any(len(block) > 7 * paths for block, paths in runs.items())
+    paths = Counter(map(_block, names))
+    turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
     figure = new_figure(
-        height=3 * (0.5 + (1.25 if turned else 0.85) * lines) + 1.2,
+        height=6.6 if turned else 5.3,
         title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
         "(a box is a path; the line below is the residual stream, with all that is on no path "
         "at its ends)",
@@ -139,33 +137,23 @@ def _block(name: str) -> str:
 
 def _stage(axes: "Axes", names: list[str], states: list[str], rest: str, turned: bool) -> None:
     """The network in one stage; `rest` is what everything does that is on no path."""
-    pitch = 2.5 if turned else 1.7
-    starts = range(0, len(names), PER_LINE)
-    axes.set(xlim=(-0.6, min(PER_LINE, len(names)) + 1.6))
-    axes.set(ylim=(-pitch * len(starts) + 1.05, 1.15))
+    end = len(names) + 1
+    axes.set(xlim=(-0.6, end + 0.6), ylim=(-1.45 if turned else -0.65, 1.15))
     axes.axis("off")
-
-    def box(x: float, y: float, state: str, half: float) -> None:
+    axes.plot([-0.3, end + 0.3], [0, 0], color="black", linewidth=1, zorder=0)
+    paths = [(x, 0.7, 0.28, state) for x, state in enumerate(states, start=1)]
+    for x, y, half, state in ((0, 0, 0.36, rest), *paths, (end, 0, 0.36, rest)):
         axes.bar(x, 0.54, 2 * half, y - 0.27, linewidth=1, zorder=2, **STYLE[state])
-
-    for line, start in enumerate(starts):
-        y = -pitch * line
-        own = names[start : start + PER_LINE]
-        axes.plot([-0.3, len(own) + 1.3], [y, y], color="black", linewidth=1, zorder=0)
-        if line == 0:
-            box(0, y, rest, 0.36)
-        if start == starts[-1]:
-            box(len(own) + 1, y, rest, 0.36)
-        for i, state in enumerate(states[start : start + PER_LINE], start=1):
+        if y:
             wire = {"color": "#bbbbbb" if state == DROPPED else "black", "linewidth": 0.8}
-            axes.plot([i - 0.42, i - 0.42, i + 0.42, i + 0.42], [y, y + 0.7, y + 0.7, y], **wire)
-            axes.plot(i + 0.42, y, "o", color="black", markersize=2.5)
-            box(i, y + 0.7, state, 0.28)
-            if state == DROPPED:
-                axes.plot(i, y + 0.7, "x", color=STYLE[state]["edgecolor"], markersize=7, zorder=3)
-        end = 0
-        for block, paths in groupby(own, _block):
-            first, end = end, end + len(list(paths))
-            axes.plot([first + 0.6, end + 0.4], [y - 0.2, y - 0.2], color="#6a6a6a", linewidth=0.8)
-            look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90 * turned}
-            axes.text((first + end + 1) / 2, y - 0.3, block[-16:], **look)
+            axes.plot([x - 0.42, x - 0.42, x + 0.42, x + 0.42], [0, y, y, 0], zorder=1, **wire)
+            axes.plot(x + 0.42, 0, "o", color="black", markersize=2.5)
+        if state == DROPPED:
+            size = min(7, 160 / end)
+            axes.plot(x, y, "x", color=STYLE[state]["edgecolor"], markersize=size, zorder=3)
+    end = 0
+    for block, own in groupby(names, _block):
+        first, end = end, end + len(list(own))
+        axes.plot([first + 0.6, end + 0.4], [-0.2, -0.2], color="#6a6a6a", linewidth=0.8)
+        look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90 * turned}
+        axes.text((first + end + 1) / 2, -0.3, block[-16:], **look)
