@@ -756,13 +756,13 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     from matplotlib.text import Text
 
     output = scored
-    drawn = []
+    boxes = {}  # saving lays out first, then draws
     original = Text.draw
 
     def record(self, renderer):
         original(self, renderer)
         if self.get_text() and self.get_visible():
-            drawn.append((self.get_text(), self.get_window_extent(renderer)))
+            boxes[self] = (self.get_text(), self.get_window_extent(renderer))
 
     monkeypatch.setattr(Text, "draw", record)
     kept = []
@@ -774,6 +774,7 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     shown = sorted(y for line in dots for y in line.get_ydata())
     done = [float(r["top1"]) for r in read(output / "runs.csv") if r["status"] == "done"]
     assert shown == sorted(done)
+    drawn = list(boxes.values())
     texts = [text for text, _ in drawn]
     assert "rdp: 1 diverged" in texts and set(SCORES) <= set(texts)
     for (one, a), (other, b) in itertools.combinations(drawn, 2):

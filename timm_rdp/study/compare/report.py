@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from timm_rdp.errors import UsageError
 from timm_rdp.study.compare import results
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
-from timm_rdp.study.compare.results import REFERENCES, Comparison, Mean, Row, signed
+from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS
 from timm_rdp.study.figures import MARKERS, TONES, WIDTH, new_figure
 from timm_rdp.training.files import write_atomically
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Table = Mapping[float, Sequence[Row]]  # by drop rate
 _TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
 
 
@@ -33,37 +32,21 @@ def write_report(output: Path, pick: str = "last") -> str:
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
     of_runs = results.read_results(output, grid, pick)
-    table, comparisons = results.tabulate(of_runs)
-    said = _said(table, comparisons)
+    rows = results.tabulate(of_runs)
+    said = _said(rows)
     image = io.BytesIO()
-    draw(table, grid["options"]["model"], pick).savefig(image)
-    text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
-    contents = (
-        _csv(of_runs),
-        _csv([_row_cells(row) for rows in table.values() for row in rows]),
-        ("\n".join(text) + "\n").encode(),
-        image.getvalue(),
-    )
+    draw(rows, grid["options"]["model"], pick).savefig(image)
+    text = [*_table_md(rows, grid), *said, "", *_notes(rows, grid, pick)]
+    contents = (_csv(of_runs), _csv(rows), ("\n".join(text) + "\n").encode(), image.getvalue())
     for name, content in zip(OUTPUTS, contents, strict=True):
         write_atomically(str(output / name), content)
     return "\n".join([*said, f"{', '.join(OUTPUTS)} are in {output}"])
 
 
-def _row_cells(row: Row) -> dict[str, Any]:
-    m = row.top1
-    cells = {"drop_path": row.drop_path, "variant": row.variant, "epochs": row.epochs}
-    cells |= {"seeds": m.n, **row.counts, "mean": m.mean, "sd": m.sd, "low": m.low, "high": m.high}
-    for reference in REFERENCES:
-        c = row.comparisons.get(reference)
-        columns = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
-        values = (*c.difference, c.p, c.corrected) if c else (None,) * len(columns)
-        cells |= {f"{k}_to_{reference}": v for k, v in zip(columns, values, strict=True)}
-    return cells | {"seconds": row.seconds, "flops": row.flops, "relative_flops": row.relative}
-
-
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
+    columns = [name for name in rows[0] if name != "scores"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         cells = {k: _text(v, ".10g") if isinstance(v, float) else v for k, v in row.items()}
@@ -71,39 +54,38 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
+def _by_rate(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    rates = dict.fromkeys(row["drop_path"] for row in rows)
+    return {rate: [row for row in rows if row["drop_path"] == rate] for rate in rates}
+
+
+def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     options = grid["options"]
     folder = Path(options["data_dir"] or "").name
     data = options["dataset"] or folder or "the demo (handwritten digits)"
     lines = [f"# {options['model']} on {data}"]
-    every = [row for rows in table.values() for row in rows]
-    against = [r for r in REFERENCES if any(r in row.comparisons for row in every)]
+    against = [r for r in REFERENCES if any(row[f"pairs_to_{r}"] is not None for row in rows)]
     heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
-    for rate, rows in table.items():
+    for rate, of_rate in _by_rate(rows).items():
         lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
-        for row in rows:
-            m = row.top1
-            seeds = ", ".join(filter(None, (str(m.n), row.missing)))
-            cells = [row.variant, _text(row.epochs, "d"), seeds]
-            cells += [_text(m.mean, ".2f"), _text(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
+        for row in of_rate:
+            seeds = ", ".join(filter(None, (str(row["seeds"]), missing(row))))
+            cells = [row["variant"], _text(row["epochs"], "d"), seeds]
+            cells += [_text(row["mean"], ".2f"), _text(row["sd"], ".2f")]
+            cells += [_interval(row["seeds"], row["low"], row["high"], "{:.2f}".format)]
             for reference in against:
-                c = row.comparisons.get(reference)
-                cells += _against(row, c) if c else ["", "", ""]
-            ends = ((row.seconds, ".1f"), (row.flops, ".3g"), (row.relative, ".2f"))
-            cells += [_text(value, form) for value, form in ends]
+                n, mean, _, low, high, *p = (row[f"{k}_to_{reference}"] for k in COMPARED)
+                paired = "" if n in (None, row["seeds"]) else f" ({n} pairs)"
+                difference = "" if mean is None else signed(mean)
+                cells += [f"{difference} {_interval(n, low, high, signed)}{paired}".strip()]
+                cells += ["" if x is None else results.p_text(x)[2:].strip("= ") for x in p]
+            ends = (("seconds", ".1f"), ("flops", ".3g"), ("relative_flops", ".2f"))
+            cells += [_text(row[name], form) for name, form in ends]
             lines.append(_line(cells))
     return [*lines, ""]
-
-
-def _against(row: Row, c: Comparison) -> list[str]:
-    d = c.difference
-    paired = "" if d.n == row.top1.n else f" ({d.n} pairs)"
-    mean = "" if d.mean is None else signed(d.mean)
-    p_values = ["" if p is None else results.p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)]
-    return [f"{mean} {_interval(d, signed)}{paired}".strip(), *p_values]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -114,30 +96,29 @@ def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _interval(m: Mean, text: Callable[[float], str]) -> str:
-    if m.n == 1:
+def _interval(n: int | None, low: float | None, high: float | None, text: Callable) -> str:
+    if n == 1:
         return "(one seed: none)"
-    return "" if m.low is None or m.high is None else f"[{text(m.low)}, {text(m.high)}]"
+    return "" if low is None else f"[{text(low)}, {text(high)}]"
 
 
-def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
-    said = results.sentences(comparisons)
+def _said(rows: Sequence[Row]) -> list[str]:
+    said = results.sentences(rows)
     if not said:
         said = ["There are no runs of droppath to compare with: add droppath to --variants."]
-    missing = {}  # plain is in the rows of every rate
-    for row in (row for rows in table.values() for row in rows if row.missing):
-        place = row.variant if row.variant == "plain" else f"{row.variant} at {row.drop_path:g}"
-        missing[place] = row.missing
-    if missing:
-        listed = "; ".join(f"{place}: {what}" for place, what in missing.items())
+    left_out = {}  # plain is in the rows of every rate
+    for row in filter(missing, rows):
+        variant = row["variant"]
+        place = variant if variant == "plain" else f"{variant} at {row['drop_path']:g}"
+        left_out[place] = missing(row)
+    if left_out:
+        listed = "; ".join(f"{place}: {what}" for place, what in left_out.items())
         said.append(f"Runs left out of the means: {listed}.")
     return [f"- {line}" for line in said]
 
 
-def _notes(
-    table: Table, comparisons: Sequence[Comparison], grid: dict[str, Any], pick: str
-) -> list[str]:
-    tests = sum(c.p is not None for c in comparisons)
+def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
+    tests = sum(row[f"p_to_{reference}"] is not None for row in rows for reference in REFERENCES)
     epoch = {
         "last": "after the last epoch, so that nothing is picked on it",
         "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
@@ -156,7 +137,7 @@ def _notes(
     ]
     if any(costs["update"] is None for costs in grid["costs"].values()):
         notes.append("The FLOPs of this model could not be counted without data.")
-    if any(row.variant == MATCHED for rows in table.values() for row in rows):
+    if any(row["variant"] == MATCHED for row in rows):
         notes.append(
             "droppath-matched is droppath with the number of --epochs whose cost comes nearest to "
             "that of rdp, by counted FLOPs, and never with fewer than the others."
@@ -164,26 +145,27 @@ def _notes(
     return "\n\n".join(notes).splitlines()
 
 
-def draw(table: Table, model: str, pick: str) -> "Figure":
+def draw(rows: Sequence[Row], model: str, pick: str) -> "Figure":
     """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
+    table = _by_rate(rows)
     columns = min(len(table), 2)
     lines = -(-len(table) // columns)
     figure = new_figure(height=3.3 * lines + 0.9, width=WIDTH if columns > 1 else 6.4)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-    shown = {rate: [row for row in rows if row.top1.n] for rate, rows in table.items()}
-    drawn = [row for rows in shown.values() for row in rows]
+    drawn = [row for row in rows if row["seeds"]]
     measure, label = "epochs", "epochs"  # what stands for compute, as far as it is known of all
-    if all(row.flops is not None for row in drawn):
+    if all(row["flops"] is not None for row in drawn):
         measure, label = "flops", "FLOPs of the run"
-    if all(row.relative is not None for row in drawn):
-        measure, label = "relative", "FLOPs of the run, droppath = 1"
+    if all(row["relative_flops"] is not None for row in drawn):
+        measure, label = "relative_flops", "FLOPs of the run, droppath = 1"
     handles: dict[str, Any] = {}
-    for (rate, rows), axes in zip(table.items(), panels, strict=False):
-        places = _side_by_side([getattr(row, measure) for row in shown[rate]])
-        for row, place in zip(shown[rate], places, strict=True):
-            handles[row.variant] = _draw_variant(axes, row, place)
-        missing = "\n".join(f"{row.variant}: {row.missing}" for row in rows if row.missing)
-        axes.text(0.02, 0.02, missing, transform=axes.transAxes, fontsize=7)
+    for (rate, of_rate), axes in zip(table.items(), panels, strict=False):
+        shown = [row for row in of_rate if row["seeds"]]
+        places = _side_by_side([row[measure] for row in shown])
+        for row, place in zip(shown, places, strict=True):
+            handles[row["variant"]] = _draw_variant(axes, row, place)
+        text = "\n".join(f"{row['variant']}: {missing(row)}" for row in of_rate if missing(row))
+        axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7)
         axes.set_title(f"drop path {rate:g}", fontsize=9)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
@@ -205,25 +187,24 @@ def draw(table: Table, model: str, pick: str) -> "Figure":
 def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
     from matplotlib.transforms import ScaledTranslation
 
-    index = VARIANTS.index(row.variant)
+    index = VARIANTS.index(row["variant"])
     style: dict[str, Any] = dict(color=TONES[_TONES[index]], marker=MARKERS[index])
-    scores = list(row.scores.values())
+    scores = list(row["scores"].values())
     dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
     axes.plot([place] * len(scores), scores, **dots, **style)
-    _, mean, _, _, high = row.top1
-    half = None if mean is None or high is None else high - mean
+    half = None if row["high"] is None else row["high"] - row["mean"]
     # The mean stands beside its dots, a few points to the right.
     beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
     style |= dict(markersize=7, capsize=3, linewidth=1.2, transform=beside)
-    return axes.errorbar(place, mean or 0.0, half, **style)
+    return axes.errorbar(place, row["mean"], half, **style)
 
 
 def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
     """Let the dots decide where intervals dwarf them; returns whether one is cut off."""
-    scores = [score for row in rows for score in row.scores.values()]
+    scores = [score for row in rows for score in row["scores"].values()]
     if not scores:
         return False
-    edges = [edge for row in rows for edge in row.top1[3:] if edge is not None]
+    edges = [row[e] for row in rows for e in ("low", "high") if row[e] is not None]
     span = max(scores) - min(scores) or 1.0
     low = max(min(scores + edges), min(scores) - 1.5 * span)
     high = min(max(scores + edges), max(scores) + 1.5 * span)

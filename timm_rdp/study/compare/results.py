@@ -4,7 +4,6 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,15 @@ from timm_rdp.study.compare.grid import flops_of_epochs
 MEASURED = {"top1": "eval_top1", "eval_loss": "eval_loss", "train_loss": "train_loss"}
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
+# What compares a variant with a reference, over the seeds that are done in both: variant minus
+# reference, paired by seed; p_corrected is after Holm's correction over the table.
+COMPARED = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
 
 # A run as in runs.csv: numbers that it did not come to are None, and plain's drop_path is 0.
 Result = dict[str, Any]
+# A variant at a drop rate as in table.csv, and "scores": {seed: top1} of the runs that are done;
+# plain's drop_path is that of the variants that it is shown with.
+Row = dict[str, Any]
 
 
 class Mean(NamedTuple):
@@ -31,52 +36,6 @@ class Mean(NamedTuple):
     sd: float | None
     low: float | None
     high: float | None
-
-
-@dataclass
-class Comparison:
-    """A variant against a reference at one drop rate, paired by seed.
-
-    Attributes:
-        difference: variant minus reference, over the seeds that are done in both.
-        p: of the paired t test, two-sided; None where there can be none.
-        corrected: p after Holm's correction over all comparisons of the table.
-    """
-
-    drop_path: float
-    variant: str
-    reference: str
-    difference: Mean
-    p: float | None
-    corrected: float | None = None
-
-
-@dataclass
-class Row:
-    """One variant at one drop rate, which for plain is the section's that it is shown in."""
-
-    drop_path: float
-    variant: str
-    results: list[Result]
-    relative: float | None = None  # flops over those of droppath
-    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by reference
-
-    def __post_init__(self):
-        done = [r for r in self.results if r["status"] == runs.DONE]
-        self.epochs = done[0]["epochs"] if done else None
-        self.flops = done[0]["flops"] if done else None
-        seconds = [r["seconds"] for r in done if r["seconds"] is not None]
-        self.seconds = statistics.median(seconds) if seconds else None
-        self.scores = {r["seed"]: r["top1"] for r in done}
-        self.top1 = mean_of(list(self.scores.values()))
-        ended = Counter(r["status"] for r in self.results)
-        self.counts = {s: ended[s] for s in (runs.DIVERGED, runs.FAILED)}  # not in the mean
-        self.counts["unfinished"] = len(self.results) - len(done) - sum(self.counts.values())
-
-    @property
-    def missing(self) -> str:
-        """The counts as text; '' where all runs are in the mean."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
 
 
 def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
@@ -106,34 +65,52 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
     return results
 
 
-def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Comparison]]:
-    """The rows of each drop rate, in the order of VARIANTS, and every comparison among them."""
-    table = {}
-    cells = defaultdict(list)
+def tabulate(results: Sequence[Result]) -> list[Row]:
+    """A row a variant and drop rate, in the order of rates and of VARIANTS."""
+    of_cell = defaultdict(list)
     for result in results:
-        cells[result["variant"], result["drop_path"]].append(result)
-    for rate in sorted({rate for variant, rate in cells if variant != "plain"}) or [0.0]:
-        place = {v: (v, 0.0 if v == "plain" else rate) for v in runs.VARIANTS}
-        table[rate] = [Row(rate, v, cells[key]) for v, key in place.items() if key in cells]
-    comparisons = []
-    for rows, (i, reference) in product(table.values(), enumerate(REFERENCES)):
-        of_variant = {row.variant: row for row in rows}
-        # A reference is not compared with itself, nor is a pair the other way round.
-        for row in rows if reference in of_variant else ():
-            if row.variant in REFERENCES[: i + 1]:
-                continue
-            a, b = row.scores, of_variant[reference].scores
-            differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-            difference, p = mean_of(differences), paired_p(differences)
-            comparison = Comparison(row.drop_path, row.variant, reference, difference, p)
-            row.comparisons[reference] = comparison
-            comparisons.append(comparison)
-        usual = of_variant["droppath"].flops if "droppath" in of_variant else None
-        for row in rows:
-            row.relative = row.flops / usual if row.flops and usual else None
-    for comparison, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True):
-        comparison.corrected = p
-    return table, comparisons
+        of_cell[result["variant"], result["drop_path"]].append(result)
+    rates = sorted({rate for variant, rate in of_cell if variant != "plain"}) or [0.0]
+    rows = {}
+    for rate, variant in product(rates, runs.VARIANTS):
+        if own := of_cell.get((variant, 0.0 if variant == "plain" else rate)):
+            rows[rate, variant] = {"drop_path": rate, "variant": variant, **_summary(own)}
+    compared = []
+    for (rate, variant), row in rows.items():
+        for i, reference in enumerate(REFERENCES):
+            values: Sequence = (None,) * len(COMPARED)
+            # A reference is not compared with itself, nor is a pair the other way round.
+            if variant not in REFERENCES[: i + 1] and (rate, reference) in rows:
+                a, b = row["scores"], rows[rate, reference]["scores"]
+                differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+                values = (*mean_of(differences), paired_p(differences), None)
+                compared.append((row, reference))
+            row |= {f"{k}_to_{reference}": v for k, v in zip(COMPARED, values, strict=True)}
+    corrected = holm([row[f"p_to_{reference}"] for row, reference in compared])
+    for (row, reference), p in zip(compared, corrected, strict=True):
+        row[f"p_corrected_to_{reference}"] = p
+    for (rate, _), row in rows.items():
+        row |= {name: row.pop(name) for name in ("seconds", "flops")}  # the last columns
+        usual = rows.get((rate, "droppath"), {}).get("flops")
+        row["relative_flops"] = row["flops"] / usual if row["flops"] and usual else None
+    return list(rows.values())
+
+
+def _summary(results: Sequence[Result]) -> dict[str, Any]:
+    """The columns of a row that are about its runs alone."""
+    done = [r for r in results if r["status"] == runs.DONE]
+    scores = {r["seed"]: r["top1"] for r in done}
+    ended = Counter(r["status"] for r in results)
+    counts = {status: ended[status] for status in (runs.DIVERGED, runs.FAILED)}
+    counts["unfinished"] = len(results) - len(done) - sum(counts.values())
+    n, mean, sd, low, high = mean_of(list(scores.values()))
+    seconds = [r["seconds"] for r in done if r["seconds"] is not None]
+    return {
+        **{"epochs": done[0]["epochs"] if done else None, "seeds": n, **counts},
+        **{"mean": mean, "sd": sd, "low": low, "high": high, "scores": scores},
+        "seconds": statistics.median(seconds) if seconds else None,
+        "flops": done[0]["flops"] if done else None,
+    }
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -177,28 +154,36 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def sentences(comparisons: Sequence[Comparison]) -> list[str]:
+def sentences(rows: Sequence[Row]) -> list[str]:
     """What the comparisons of ResidualDroppath support; those of all where there are none of it."""
-    about_rdp = [c for c in comparisons if c.variant in runs.RDP_VARIANTS]
-    chosen = sorted(about_rdp or comparisons, key=lambda c: (c.drop_path, c.variant))
-    return [_sentence(c) for c in chosen]
+    every = [(row, reference) for row in rows for reference in REFERENCES]
+    compared = [(row, ref) for row, ref in every if row[f"pairs_to_{ref}"] is not None]
+    about_rdp = [c for c in compared if c[0]["variant"] in runs.RDP_VARIANTS]
+    chosen = sorted(about_rdp or compared, key=lambda c: (c[0]["drop_path"], c[0]["variant"]))
+    return [_sentence(row, reference) for row, reference in chosen]
 
 
-def _sentence(c: Comparison) -> str:
-    start = f"{c.variant} - {c.reference} at {c.drop_path:g}: "
-    n, mean, _, low, high = c.difference
+def _sentence(row: Row, reference: str) -> str:
+    n, mean, _, low, high, p, corrected = (row[f"{k}_to_{reference}"] for k in COMPARED)
+    start = f"{row['variant']} - {reference} at {row['drop_path']:g}: "
     if mean is None:
         return start + "no seed is done in both, so that nothing can be said."
-    if low is None or high is None:
+    if low is None:
         return start + f"{signed(mean)} points, one seed: no interval or test can be given."
     start += f"{signed(mean)} points [{signed(low)}, {signed(high)}], {n} seeds, "
-    if c.corrected is None:
+    if corrected is None:
         return start + "the same difference in every seed: no test can be given."
-    start += f"corrected {p_text(c.corrected)}: "
-    if c.corrected >= LEVEL:
-        alone = c.p is not None and c.p < LEVEL
-        return start + f"no difference {'that holds after correction' if alone else 'seen'}."
-    return start + f"{c.variant} is {'better' if mean > 0 else 'worse'}."
+    start += f"corrected {p_text(corrected)}: "
+    if corrected >= LEVEL:
+        how = "that holds after correction" if p < LEVEL else "seen"
+        return start + f"no difference {how}."
+    return start + f"{row['variant']} is {'better' if mean > 0 else 'worse'}."
+
+
+def missing(row: Row) -> str:
+    """The runs that are not in the mean, as text; '' where there are none."""
+    kinds = (runs.DIVERGED, runs.FAILED, "unfinished")
+    return ", ".join(f"{row[kind]} {kind}" for kind in kinds if row[kind])
 
 
 def signed(value: float) -> str:
