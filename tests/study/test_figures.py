@@ -59,7 +59,7 @@ def draw_scores(_):
 
 def draw_algorithm(_):
     rows = [
-        algorithm.PathRow(f"layer{i}.0.drop_path", 0.1, i % 9 != 0, 100, 100 * (i % 9 == 0))
+        {"name": f"layer{i}.0.drop_path", "kept": i % 9 != 0, "trained_in_complement": i % 9 == 0}
         for i in range(50)
     ]
     return algorithm.draw(algorithm.CycleOfModel("resnet", 3, rows, 9000, 8000, 600))

@@ -119,13 +119,13 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         grids.write_grid(output, grid, options)
         trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
         skipped = {runs.DONE, runs.DIVERGED, *(() if args.retry else (runs.FAILED,))}
-        missing = [t for t in trainings if runs.read_record(t.folder).status not in skipped]
+        missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
     print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    ended = {t.folder: runs.read_record(t.folder).status for t in trainings}
+    ended = {t.folder: runs.read_record(t.folder)["status"] for t in trainings}
     left = [f for f, status in ended.items() if status not in (runs.DONE, runs.DIVERGED)]
     if left:
         raise TrainingError(

@@ -49,7 +49,7 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
         folder = output / "runs" / cell.name
         record = runs.read_record(folder)
         measured = dict.fromkeys(MEASURED)
-        if record.status == runs.DONE:
+        if record["status"] == runs.DONE:
             _, rows = runs.read_summary(folder)
             with runs.damage_named(folder):
                 best = max(rows, key=lambda row: float(row["eval_top1"]))
@@ -57,11 +57,11 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
                 measured = {name: float(row[column]) for name, column in MEASURED.items()}
                 if not all(map(math.isfinite, measured.values())):
                     raise ValueError(f"not finite: {row}")
+        flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
+        found = record | measured | {"flops": flops}
+        columns = ("status", "epochs", *MEASURED, "seconds", "flops", "error")
         place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
-        place |= {"status": record.status, "epochs": record.epochs}
-        flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record.epochs)
-        cost = {"seconds": record.seconds, "flops": flops, "error": record.error}
-        results.append({**place, **measured, **cost})
+        results.append(place | {name: found[name] for name in columns})
     return results
 
 

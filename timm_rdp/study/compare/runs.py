@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,6 @@ class Training:
     log_start: int = 0
 
 
-@dataclass
-class Record:
-    """What became of a run, as its .json says; `seconds` is None where part was not measured."""
-
-    seconds: float | None
-    epochs: int
-    error: str
-    status: str
-
-
 def cells_of(names: Iterable[str]) -> list[Cell]:
     """The cells of these names, in the order of the tables."""
     cells = []
@@ -101,23 +91,24 @@ def variant_flags(variant: str, drop_path: float | None, options: argparse.Names
     return flags
 
 
-def read_record(folder: Path) -> Record:
-    """What is known of a run.
+def read_record(folder: Path) -> dict[str, Any]:
+    """What became of a run: its seconds (None where part was not measured), epochs, error, status.
 
     Raises:
         UsageError: what there is of it is damaged.
     """
     file, begun, (epochs, _) = Path(f"{folder}.json"), folder.is_dir(), read_summary(folder)
-    unfinished = Record(None, epochs, "", INTERRUPTED if begun else NOT_BEGUN)
+    status = INTERRUPTED if begun else NOT_BEGUN
+    unfinished = {"seconds": None, "epochs": epochs, "error": "", "status": status}
     if not file.exists():
         return unfinished
     with refused_with(f"{file} is damaged, delete it"):
-        record = Record(**json.loads(file.read_text()))
-    if record.status != DONE:
+        record = {name: json.loads(file.read_text())[name] for name in unfinished}
+    if record["status"] != DONE:
         return record
     with damage_named(folder):
-        if begun and record.epochs != epochs:
-            raise ValueError(f"{epochs} of {record.epochs} epochs")
+        if begun and record["epochs"] != epochs:
+            raise ValueError(f"{epochs} of {record['epochs']} epochs")
     return record if begun else unfinished
 
 
@@ -243,6 +234,6 @@ def _finish(training: Training, code: int, stopped: bool) -> str:
     # all is set up. Of a resumed run only a part was measured.
     if training.is_first and (folder / "args.yaml").exists():
         seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
-    record = asdict(Record(seconds, epochs, error, status))
+    record = {"seconds": seconds, "epochs": epochs, "error": error, "status": status}
     write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())
     return f"{folder.name} {status}" + (f": {error} (see {folder}.log)" if error else "")

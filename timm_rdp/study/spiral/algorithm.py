@@ -26,23 +26,12 @@ STYLE: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class PathRow:
-    """One path of the cycle that is drawn."""
-
-    name: str
-    drop_prob: float
-    kept: bool
-    parameters: int  # numbers, not tensors
-    trained_in_complement: int
-
-
-@dataclass
 class CycleOfModel:
-    """What one RDP cycle does to a model."""
+    """What one RDP cycle does to a model; parameters are counted in numbers, not tensors."""
 
     model: str
     cycle: int
-    rows: list[PathRow]
+    rows: list[dict[str, Any]]  # of each path: what stands in the table behind the figure
     parameters: int
     trained_in_droppath: int
     trained_in_complement: int
@@ -76,13 +65,14 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
         model=name,
         cycle=droppath.cycle,
         rows=[
-            PathRow(
-                path.name,
-                path.drop_prob,
-                path.name not in droppath.dropped,
-                count(path.parameters),
-                count(complement.trainable.intersection(path.parameters)),
-            )
+            {
+                "cycle": droppath.cycle,
+                "name": path.name,
+                "drop_prob": path.drop_prob,
+                "kept": path.name not in droppath.dropped,
+                "parameters": count(path.parameters),
+                "trained_in_complement": count(complement.trainable.intersection(path.parameters)),
+            }
             for path in rdp.paths
         ],
         parameters=sum(size.values()),
@@ -95,7 +85,7 @@ def draw(cycle: CycleOfModel) -> "Figure":
     """Fig. 5: three stages, one box a path, the residual stream below the boxes."""
     from matplotlib.patches import Patch
 
-    names = [row.name for row in cycle.rows]
+    names = [row["name"] for row in cycle.rows]
     # Names of blocks are turned where they would not fit below their paths.
     paths = Counter(map(_block, names))
     turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
@@ -105,20 +95,20 @@ def draw(cycle: CycleOfModel) -> "Figure":
         "(a box is a path; the line below is the residual stream, with all that is on no path "
         "at its ends)",
     )
-    dropped = sum(not row.kept for row in cycle.rows)
+    dropped = sum(not row["kept"] for row in cycle.rows)
     share = lambda n: f"{n / 1e6:.2f} of {cycle.parameters / 1e6:.2f} M parameters"
     stages = [
         ("Inference: every path runs", [RUNS] * len(names), RUNS),
         (
             f"Droppath iteration: {dropped} of {len(names)} paths dropped, "
             f"{share(cycle.trained_in_droppath)} trained",
-            [TRAINED if row.kept else DROPPED for row in cycle.rows],
+            [TRAINED if row["kept"] else DROPPED for row in cycle.rows],
             TRAINED,
         ),
         (
             "Complement iteration: every path runs, only the dropped part is trained, "
             f"{share(cycle.trained_in_complement)}",
-            [TRAINED if row.trained_in_complement else FROZEN for row in cycle.rows],
+            [TRAINED if row["trained_in_complement"] else FROZEN for row in cycle.rows],
             FROZEN,
         ),
     ]

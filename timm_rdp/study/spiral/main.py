@@ -96,9 +96,8 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
     draw_features(output, first, unseen[1], args.layers)
     draw_training(output, snapshots, args.layers)
-    header = ("cycle", *vars(cycle.rows[0]))
-    rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
-    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), header, rows)
+    rows = (row.values() for row in cycle.rows)
+    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), cycle.rows[0], rows)
     values = {
         f"revisit score of {name}, {layers}": {
             variant: [row[f"{measure}_{kind}"] for row in own] for variant, own in measured.items()
