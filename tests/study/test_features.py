@@ -53,14 +53,16 @@ def test_every_block_has_paths_also_the_first_whose_rate_is_zero(vit):
     model, paths = vit
     expected = [f"blocks.{i}.drop_path{j}" for i in range(len(model.blocks)) for j in (1, 2)]
     assert [path.name for path in paths] == expected
-    assert list(layers.blocks_of(model, paths)) == [f"blocks.{i}" for i in range(len(model.blocks))]
+    assert list(layers.choose(model, paths, None)[1]) == [
+        f"blocks.{i}" for i in range(len(model.blocks))
+    ]
     assert all(type(path.module) is DropPath for path in paths)  # nothing is left patched
 
 
 def test_observed_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
     model, paths = vit
     x, _ = images_of(digits_folder)
-    output, found = layers.run_observed(model, x, paths, layers.blocks_of(model, paths))
+    output, found = layers.run_observed(model, x, paths, layers.choose(model, paths, None)[1])
     with torch.no_grad():
         assert torch.equal(output, model(x))
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
@@ -81,7 +83,7 @@ def test_observed_features_equal_the_blocks_computed_by_hand(vit, digits_folder)
 
 def test_observing_leaves_no_hook_behind(vit):
     model, paths = vit
-    observe = lambda x: layers.run_observed(model, x, paths, layers.blocks_of(model, paths))
+    observe = lambda x: layers.run_observed(model, x, paths, layers.choose(model, paths, None)[1])
     observe(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError):
         observe(torch.zeros(1, 1, 1))

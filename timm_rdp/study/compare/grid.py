@@ -148,10 +148,11 @@ def check_runs(
     rates: Sequence[float],
     grid: dict[str, Any],
 ) -> None:
-    """Check what will run, and count into the grid what it costs.
+    """Check what will run, and settle in the grid what it costs and how long MATCHED takes.
 
     Raises:
-        UsageError: it cannot be run, or a model has no paths at its rate.
+        UsageError: it cannot be run, a model has no paths at its rate, or FLOPs are needed and
+            cannot be counted.
     """
     if options.val_split == "":
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
@@ -172,6 +173,15 @@ def check_runs(
             model, data_config, batches = cost.build_on_meta(args)
             grid["costs"][key] = cost.count_costs(args, model, data_config)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
+    for rate in rates if MATCHED in variants else ():
+        if str(rate) not in grid["matched_epochs"]:
+            rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
+            if rdp is None or usual is None:
+                raise UsageError(
+                    f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
+                    "without data; leave it out"
+                )
+            grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
 
 
 def flops_of_epochs(
@@ -191,24 +201,6 @@ def flops_of_epochs(
         own = costs["droppath"] + complements * costs["complement"]
         own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)
-
-
-def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:
-    """The --epochs of droppath-matched at a rate, whose FLOPs are those of rdp; kept in the grid.
-
-    Raises:
-        UsageError: FLOPs cannot be counted.
-    """
-    if str(rate) not in grid["matched_epochs"]:
-        total = cost.total_epochs(options, options.epochs)
-        rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
-        if rdp is None or usual is None:
-            raise UsageError(
-                f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
-                "without data; leave it out"
-            )
-        grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
-    return grid["matched_epochs"][str(rate)]
 
 
 def training_of(

@@ -104,8 +104,6 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     output = check_output(args.output)
     grid = grids.same_grid(output, options)
     grids.check_runs(options, args.variants, rates, grid)
-    for rate in rates if runs.MATCHED in args.variants else ():
-        grids.settle_matched(grid, options, rate)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
     cells = []  # seed by seed, so that what there is can be compared at any time
     for seed in range(args.first_seed, args.first_seed + args.seeds):

@@ -5,19 +5,15 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from timm_rdp.errors import UsageError
+from timm_rdp.study import figures
 from timm_rdp.study.compare import results
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
 from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS
-from timm_rdp.study.figures import MARKERS, TONES, WIDTH, new_figure
 from timm_rdp.training.files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
 
@@ -145,12 +141,13 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
     return "\n\n".join(notes).splitlines()
 
 
-def draw(rows: Sequence[Row], model: str, pick: str) -> "Figure":
+def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
     table = _by_rate(rows)
     columns = min(len(table), 2)
     lines = -(-len(table) // columns)
-    figure = new_figure(height=3.3 * lines + 0.9, width=WIDTH if columns > 1 else 6.4)
+    width = figures.WIDTH if columns > 1 else 6.4
+    figure = figures.new_figure(height=3.3 * lines + 0.9, width=width)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     drawn = [row for row in rows if row["seeds"]]
     measure, label = "epochs", "epochs"  # what stands for compute, as far as it is known of all
@@ -184,11 +181,12 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "Figure":
     return figure
 
 
-def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
+def _draw_variant(axes: "figures.Axes", row: Row, place: float) -> Any:
     from matplotlib.transforms import ScaledTranslation
 
     index = VARIANTS.index(row["variant"])
-    style: dict[str, Any] = dict(color=TONES[_TONES[index]], marker=MARKERS[index])
+    style: dict[str, Any] = dict(color=figures.TONES[_TONES[index]])
+    style["marker"] = figures.MARKERS[index]
     scores = list(row["scores"].values())
     dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
     axes.plot([place] * len(scores), scores, **dots, **style)
@@ -199,7 +197,7 @@ def _draw_variant(axes: "Axes", row: Row, place: float) -> Any:
     return axes.errorbar(place, row["mean"], half, **style)
 
 
-def _limit_height(axes: "Axes", rows: Sequence[Row]) -> bool:
+def _limit_height(axes: "figures.Axes", rows: Sequence[Row]) -> bool:
     """Let the dots decide where intervals dwarf them; returns whether one is cut off."""
     scores = [score for row in rows for score in row["scores"].values()]
     if not scores:

@@ -16,14 +16,6 @@ POOLS = ("mean", "max", "first")
 INPUT = "(input)"
 
 
-def blocks_of(model: nn.Module, paths: Sequence[Path]) -> dict[str, nn.Module]:
-    """The modules that hold the paths' DropPaths, and others of their types, by name."""
-    modules = dict(model.named_modules())
-    owners = {path.name.partition("#")[0].rpartition(".")[0] for path in paths}
-    kinds = {type(modules[name]) for name in owners}
-    return {n: m for n, m in modules.items() if n and type(m) in kinds}
-
-
 def choose(
     model: nn.Module, paths: Sequence[Path], wanted: Sequence[str] | None
 ) -> tuple[list[Path], dict[str, nn.Module]]:
@@ -36,9 +28,11 @@ def choose(
     Raises:
         UsageError: the model has no path or module of that name.
     """
-    if not wanted:
-        return list(paths), blocks_of(model, paths)
     modules = {n: m for n, m in model.named_modules() if n}
+    if not wanted:  # blocks hold the paths' DropPaths, or are of the same types
+        owners = {path.name.partition("#")[0].rpartition(".")[0] for path in paths}
+        kinds = {type(model.get_submodule(name)) for name in owners}
+        return list(paths), {n: m for n, m in modules.items() if type(m) in kinds}
     path_names = [path.name for path in paths]
     chosen: set[str] = set()
     others = {}

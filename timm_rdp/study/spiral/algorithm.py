@@ -3,23 +3,19 @@
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from timm_rdp import ResidualDropPath
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.study.figures import BLUE, new_figure
+from timm_rdp.study import figures
 from timm_rdp.training.model import create_model
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # What a path does in a stage, in the legend's words.
 RUNS, TRAINED, FROZEN = "runs", "runs and is trained", "runs, frozen"
 DROPPED = "dropped: not run, not trained"
 STYLE: dict[str, dict[str, Any]] = {
     RUNS: {"facecolor": "#e3e3e3", "edgecolor": "black"},
-    TRAINED: {"facecolor": BLUE, "edgecolor": "black"},
+    TRAINED: {"facecolor": figures.BLUE, "edgecolor": "black"},
     FROZEN: {"facecolor": "#f4f4f4", "edgecolor": "#6a6a6a", "hatch": "////"},
     DROPPED: {"facecolor": "white", "edgecolor": "#d55e00", "linestyle": "--"},
 }
@@ -81,7 +77,7 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
     )
 
 
-def draw(cycle: CycleOfModel) -> "Figure":
+def draw(cycle: CycleOfModel) -> "figures.Figure":
     """Fig. 5: three stages, one box a path, the residual stream below the boxes."""
     from matplotlib.patches import Patch
 
@@ -89,7 +85,7 @@ def draw(cycle: CycleOfModel) -> "Figure":
     # Names of blocks are turned where they would not fit below their paths.
     paths = Counter(map(_block, names))
     turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
-    figure = new_figure(
+    figure = figures.new_figure(
         height=6.6 if turned else 5.3,
         title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
         "(a box is a path; the line below is the residual stream, with all that is on no path "
@@ -125,7 +121,9 @@ def _block(name: str) -> str:
     return name.partition("#")[0].rpartition(".")[0]
 
 
-def _stage(axes: "Axes", names: list[str], states: list[str], rest: str, turned: bool) -> None:
+def _stage(
+    axes: "figures.Axes", names: list[str], states: list[str], rest: str, turned: bool
+) -> None:
     """The network in one stage; `rest` is what everything does that is on no path."""
     end = len(names) + 1
     axes.set(xlim=(-0.6, end + 0.6), ylim=(-1.45 if turned else -0.65, 1.15))

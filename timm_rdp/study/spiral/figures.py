@@ -1,6 +1,6 @@
 """The figures of `timm-rdp spiral`, each after a caption of the paper (arXiv 2411.09475)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +11,11 @@ from timm_rdp.study import figures
 from timm_rdp.study.features.similarity import revisit_score
 from timm_rdp.study.figures import BLUE, GREY, RED, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 FIRST = {"paths": 1, "blocks": 0}  # number of the first layer: 0 is the embedding
 LAYERS = {"paths": "path outputs", "blocks": "after each residual sum"}
 
 
-def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
+def _scatter(axes: "figures.Axes", xy: Tensor, label: Tensor, size: float) -> None:
     for value, colour, marker in ((0, RED, "o"), (1, BLUE, "x")):
         x, y = xy[label == value].T.numpy()
         look = {"c": colour, "marker": marker, "linewidths": size**0.5 / 5}
@@ -27,7 +23,7 @@ def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
     axes.set_aspect("equal")
 
 
-def spirals(xy: Tensor, label: Tensor) -> "Figure":
+def spirals(xy: Tensor, label: Tensor) -> "figures.Figure":
     """Fig. 2: the points. xy is (points, 2), label (points,)."""
     figure = new_figure(height=5.2, width=4.8)
     axes = figure.subplots()
@@ -82,7 +78,9 @@ def strongest_return(similarity: Tensor) -> tuple[int, int, int]:
     return found
 
 
-def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str) -> "Figure":
+def distributions(
+    layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str
+) -> "figures.Figure":
     """Fig. 1: the points as every layer sees them; the strongest return is framed.
 
     Args:
@@ -117,7 +115,7 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
     return figure
 
 
-def similarities(similarity: dict[str, Tensor]) -> "Figure":
+def similarities(similarity: dict[str, Tensor]) -> "figures.Figure":
     """Fig. 3: heatmaps of CKA, and the row of the layer that returns most strongly as a curve.
 
     Args:
@@ -187,7 +185,7 @@ def overlap(histograms: Tensor) -> Tensor:
     return torch.minimum(p[:, :, None], p[:, None]).sum(-1)
 
 
-def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str) -> None:
+def _nodes(axes: "figures.Axes", histograms: Tensor, first: int, title: str) -> None:
     """A grid of small histograms: a row a node, a column a layer; clear returns are framed.
 
     All in one axes, a cell a unit square: an axes a cell takes a minute to lay out.
@@ -218,7 +216,7 @@ def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
-def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
+def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "figures.Figure":
     """Fig. 4: the distributions of every node in every layer, at some steps of the training.
 
     Args:
@@ -241,7 +239,7 @@ def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
     return figure
 
 
-def scores(values: dict[str, dict[str, list[float]]]) -> "Figure":
+def scores(values: dict[str, dict[str, list[float]]]) -> "figures.Figure":
     """The scores, {measure: {variant: one a seed}}: a panel a measure, a column a variant."""
     rows = -(-len(values) // 2)
     count = max(len(own) for variants in values.values() for own in variants.values())
