@@ -164,13 +164,12 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
-    sizes = torch.stack(losses).abs()
-    scale = ""
-    if sizes.max() > 20 * sizes.median() > 0:
+    every, scale = torch.stack(losses), ""
+    if every.abs().max() > 20 * every.abs().median() > 0:
         # A few paths (the first, mostly) matter so much that the others would not be seen.
-        linear = 10.0 ** np.round(np.log10(sizes.median().item()))
+        linear = 10.0 ** np.round(np.log10(every.abs().median().item()))
         axes.set_xscale("symlog", linthresh=linear)
-        axes.set_xlim(left=min(1.5 * torch.stack(losses).min().item(), -linear / 2))
+        axes.set_xlim(left=min(1.5 * every.min().item(), -linear / 2))
         scale = f", logarithmic beyond {linear:g}"
     axes.set_xlabel(f"rise of the validation loss without the path (nats{scale})")
     axes.set_ylabel("path, in call order")

@@ -32,11 +32,10 @@ def convolution_backward_flops(
     depthwise model's backward look several times as large as it is.
 
     Args:
-        grad_out_shape: (B, C_out, ...).
-        x_shape: (B, C_in, ...).
+        grad_out_shape, x_shape: (B, C, ...).
         w_shape: (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
-        rest: bias, stride, padding, dilation, transposed, output_padding, groups, and whether the
-            gradients of input, weight and bias are asked for; that of the bias counts as nothing.
+        rest: the operator's other arguments; the last says which of the gradients of input, weight
+            and bias are asked for, and that of the bias counts as nothing.
     """
     *_, transposed, _, _, output_mask = rest
     forward = conv_flop_count(x_shape, w_shape, grad_out_shape, transposed=transposed)
@@ -81,18 +80,12 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
 
 
 def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
-    """What the kinds of update of a model cost.
-
-    What a drop saves is averaged over the first cycles of seed 0. FLOPs are those of the model,
-    not of a teacher, at its input size.
-
-    Args:
-        model: from `build_on_meta`; it is patched for good.
+    """What the kinds of update of a model from `build_on_meta` cost, which is patched for good.
 
     Returns:
-        "update", "droppath", "complement": FLOPs per image, forward and backward, of timm's own
-            update and of the mean iteration of each phase; None where they cannot be counted
-            without data
+        "update", "droppath", "complement": FLOPs per image at the model's input size, forward and
+            backward, of timm's own update and of the mean iteration of each phase (over the first
+            cycles of seed 0), without a teacher's; None where they cannot be counted without data
         "complements": complement iterations per cycle, as expected over masks
 
     Raises:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.grid import flops_of_epochs
@@ -23,19 +23,6 @@ Result = dict[str, Any]
 # A variant at a drop rate as in table.csv, and "scores": {seed: top1} of the runs that are done;
 # plain's drop_path is that of the variants that it is shown with.
 Row = dict[str, Any]
-
-
-class Mean(NamedTuple):
-    """Mean of some values, their standard deviation (divisor n - 1) and the mean's 95 % interval.
-
-    What the number of values does not allow is None.
-    """
-
-    n: int
-    mean: float | None
-    sd: float | None
-    low: float | None
-    high: float | None
 
 
 def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
@@ -113,16 +100,19 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Mean, standard deviation and 95 % interval (t distribution) of values."""
+def mean_of(values: Sequence[float]) -> tuple[int, Any, Any, Any, Any]:
+    """Number of values, mean, standard deviation (n - 1), both ends of the mean's 95 % interval.
+
+    The interval is that of the t distribution; what the number does not allow is None.
+    """
     n = len(values)
     if n < 2:
-        return Mean(n, values[0] if n else None, None, None, None)
+        return n, values[0] if n else None, None, None, None
     from scipy.stats import t
 
     mean, sd = statistics.fmean(values), statistics.stdev(values)
     half = float(t.ppf(1 - LEVEL / 2, n - 1)) * sd / n**0.5
-    return Mean(n, mean, sd, mean - half, mean + half)
+    return n, mean, sd, mean - half, mean + half
 
 
 def paired_p(differences: Sequence[float]) -> float | None:

@@ -62,7 +62,6 @@ def run_observed(
         x: images, (batch, C, H, W).
         paths: their outputs are what each adds to the residual stream.
         modules: their outputs, e.g. of blocks: the stream itself.
-        pool: see `pool_features`.
         with_input: also what the first of the modules gets, as "(input)".
 
     Returns:

@@ -38,7 +38,6 @@ def choose_images(folder: str | None, count: int, seed: int) -> tuple[Subset, in
         folder: as for training, with a `validation` or `val` folder of class folders, or class
             folders themselves; None for the demo's digits.
         count: how many images to take at most.
-        seed: which.
 
     Raises:
         UsageError: no such folder, no validation split, or too few images.
@@ -77,7 +76,6 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     Args:
         path: .pth, .pth.tar, .pt or .safetensors. Nothing in it is executed.
         model: the model that it is expected to be of.
-        use_ema: take the averaged weights.
         label: what the figures call it.
 
     Raises:
@@ -121,8 +119,7 @@ def build(
         the model, timm's data config and PIL's mode of its images
 
     Raises:
-        UsageError: timm cannot build it so, it takes no drop path rate, the weights do not fit, or
-            no images have as many channels.
+        UsageError: timm cannot build it, weights do not fit, or no images have so many channels.
     """
     options = vars(build_parser().parse_args([])) | {"rank": 0, "distributed": False}
     trained = source.settings

@@ -11,8 +11,7 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
     Args:
         layers: one (samples, width) tensor a layer, the same samples in the same order.
         unbiased: estimate HSIC without the bias that few samples and wide layers cause (Song et
-            al. 2012); it needs 4 samples and may come out slightly below 0. The plain estimate
-            lies in [0, 1].
+            al. 2012): needs 4 samples, may come out slightly below 0. Else it lies in [0, 1].
 
     Raises:
         ValueError: too few samples.

@@ -24,7 +24,6 @@ def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Ten
         points: number of points of both classes together.
         noise: standard deviation of what is added to each coordinate; the spirals have radius 1.
         turns: how often each spiral winds around the centre.
-        seed: of the positions along the spirals and of the noise.
 
     Returns:
         coordinates (points, 2) and classes (points,), 0 and 1 in turn.
