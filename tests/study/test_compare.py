@@ -1,6 +1,5 @@
 """`timm-rdp compare`: what it runs, what it makes of the results, and what it refuses."""
 
-import argparse
 import csv
 import itertools
 import json
@@ -206,11 +205,13 @@ def test_variants_differ_in_their_drop_path_alone(stubbed):
     }
 
 
-def test_plain_has_no_drop_path_even_where_the_model_has_one_by_default():
+def test_plain_has_no_drop_path_even_where_the_model_has_one_by_default(digits_folder, tmp_path):
     assert any(
         isinstance(m, DropPath) for m in timm.create_model("swin_tiny_patch4_window7_224").modules()
     )
-    rate = float(compare_runs.variant_flags("plain", None, argparse.Namespace())[1])
+    options, _ = compare_grid.read_recipe(recipe(digits_folder), ["plain"])
+    flags = compare_runs.training_of(Cell("plain", None, 0), tmp_path, options, {}).flags
+    rate = float(flags[flags.index("--drop-path") + 1])
     model = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=rate)
     assert not any(isinstance(m, DropPath) for m in model.modules())
 

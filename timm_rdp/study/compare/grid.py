@@ -201,17 +201,3 @@ def flops_of_epochs(
         own = costs["droppath"] + complements * costs["complement"]
         own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)
-
-
-def training_of(
-    cell: runs.Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
-) -> runs.Training:
-    """What to train for a cell."""
-    flags = runs.variant_flags(cell.variant, cell.drop_path, options)
-    flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
-    epochs = options.epochs
-    if cell.variant == MATCHED:
-        epochs = grid["matched_epochs"][str(cell.drop_path)]
-        flags += ["--epochs", str(epochs)]
-    folder = output / "runs" / cell.name
-    return runs.Training(folder, tuple(flags), cost.total_epochs(options, epochs))

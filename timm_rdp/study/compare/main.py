@@ -115,7 +115,7 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         (output / "runs").mkdir(parents=True, exist_ok=True)
     with locked(output) as lock:
         grids.write_grid(output, grid, options)
-        trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
+        trainings = [runs.training_of(cell, output, options, grid) for cell in cells]
         skipped = {runs.DONE, runs.DIVERGED, *(() if args.retry else (runs.FAILED,))}
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)

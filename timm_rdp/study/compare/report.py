@@ -143,6 +143,8 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
 
 def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
+    from matplotlib.transforms import ScaledTranslation
+
     table = _by_rate(rows)
     columns = min(len(table), 2)
     lines = -(-len(table) // columns)
@@ -159,8 +161,17 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     for (rate, of_rate), axes in zip(table.items(), panels, strict=False):
         shown = [row for row in of_rate if row["seeds"]]
         places = _side_by_side([row[measure] for row in shown])
+        # The mean stands beside its dots, a few points to the right.
+        beside = axes.transData + ScaledTranslation(7 / 72, 0, figure.dpi_scale_trans)
         for row, place in zip(shown, places, strict=True):
-            handles[row["variant"]] = _draw_variant(axes, row, place)
+            index = VARIANTS.index(row["variant"])
+            style = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
+            scores = list(row["scores"].values())
+            dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
+            axes.plot([place] * len(scores), scores, **dots, **style)
+            half = None if row["high"] is None else row["high"] - row["mean"]
+            look = dict(markersize=7, capsize=3, linewidth=1.2, transform=beside, **style)
+            handles[row["variant"]] = axes.errorbar(place, row["mean"], half, **look)
         text = "\n".join(f"{row['variant']}: {missing(row)}" for row in of_rate if missing(row))
         axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7)
         axes.set_title(f"drop path {rate:g}", fontsize=9)
@@ -179,22 +190,6 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     how = ", cut off at the frame" if cut else ""
     figure.suptitle(f"{model}: a dot a seed; the mean and its 95 % interval{how}", fontsize=11)
     return figure
-
-
-def _draw_variant(axes: "figures.Axes", row: Row, place: float) -> Any:
-    from matplotlib.transforms import ScaledTranslation
-
-    index = VARIANTS.index(row["variant"])
-    style: dict[str, Any] = dict(color=figures.TONES[_TONES[index]])
-    style["marker"] = figures.MARKERS[index]
-    scores = list(row["scores"].values())
-    dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
-    axes.plot([place] * len(scores), scores, **dots, **style)
-    half = None if row["high"] is None else row["high"] - row["mean"]
-    # The mean stands beside its dots, a few points to the right.
-    beside = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
-    style |= dict(markersize=7, capsize=3, linewidth=1.2, transform=beside)
-    return axes.errorbar(place, row["mean"], half, **style)
 
 
 def _limit_height(axes: "figures.Axes", rows: Sequence[Row]) -> bool:

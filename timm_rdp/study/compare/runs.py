@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from timm_rdp.errors import refused_with
+from timm_rdp.study.compare.cost import total_epochs
 from timm_rdp.training.files import write_atomically
 from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
@@ -63,7 +64,7 @@ class Training:
     """A run to do: its folder, its flags beside those of the recipe, how many epochs it takes."""
 
     folder: Path
-    flags: tuple[str, ...]
+    flags: list[str]
     epochs: int
     is_first: bool = True  # there is nothing of an earlier attempt
     log_start: int = 0
@@ -78,17 +79,24 @@ def cells_of(names: Iterable[str]) -> list[Cell]:
     return sorted(cells, key=lambda c: (c.drop_path or 0.0, VARIANTS.index(c.variant), c.seed))
 
 
-def variant_flags(variant: str, drop_path: float | None, options: argparse.Namespace) -> list[str]:
-    """The training flags of a variant; FOR_RDP of the options go to the RDP variants alone."""
-    flags = ["--drop-path", str(drop_path or 0.0)]
-    if variant == "droppath-batch":
+def training_of(
+    cell: Cell, output: Path, options: argparse.Namespace, grid: Mapping[str, Any]
+) -> Training:
+    """What to train for a cell; FOR_RDP of the options go to the RDP variants alone."""
+    flags = ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
+    flags += ["--drop-path", str(cell.drop_path or 0.0)]
+    epochs = options.epochs
+    if cell.variant == MATCHED:
+        epochs = grid["matched_epochs"][str(cell.drop_path)]
+        flags += ["--epochs", str(epochs)]
+    if cell.variant == "droppath-batch":
         flags += ["--rdp", "--rdp-every", str(_NEVER)]
-    if variant in RDP_VARIANTS:
+    if cell.variant in RDP_VARIANTS:
         values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
         flags += ["--rdp", *chain.from_iterable(values.items())]
-    if variant == "rdp-next":
+    if cell.variant == "rdp-next":
         flags += ["--rdp-batch", "next"]
-    return flags
+    return Training(output / "runs" / cell.name, flags, total_epochs(options, epochs))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

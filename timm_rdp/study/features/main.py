@@ -111,22 +111,15 @@ def read_sources(args: argparse.Namespace) -> list[models.Source]:
     if not files:
         untrained = f"untrained (seed {args.seed})"
         return [models.Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
+    # By file, or else by folder, where that tells them apart.
+    for name_of in (lambda path: path.name, lambda path: path.parent.name, str):
+        names = [name_of(Path(file)) for file in files]
+        if len(set(names)) == len(files):
+            break
     return [
         models.read_source(path, args.model, args.use_ema, label)
-        for path, label in zip(files, labels or short_names(files), strict=True)
+        for path, label in zip(files, labels or names, strict=True)
     ]
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """Paths without what they have in common at both ends; the file's name where there is one."""
-    parts = [path.split("/") for path in paths]
-    if len(paths) == 1:
-        return [parts[0][-1]]
-    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    while all(len(p) > 1 and p[-1] == parts[0][-1] for p in parts):
-        parts = [p[:-1] for p in parts]
-    return ["/".join(p) for p in parts]
 
 
 @torch.no_grad()
