@@ -776,6 +776,9 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     shown = sorted(y for line in dots for y in line.get_ydata())
     done = [float(r["top1"]) for r in read(output / "runs.csv") if r["status"] == "done"]
     assert shown == sorted(done)
+    for line in dots:
+        places = line.get_transform().transform(line.get_xydata())
+        assert all(axes.bbox.contains(*place) for place in places), line.get_xydata()
     drawn = list(boxes.values())
     texts = [text for text, _ in drawn]
     assert "rdp: 1 diverged" in texts and set(SCORES) <= set(texts)

@@ -62,7 +62,8 @@ def draw_algorithm(_):
         {"name": f"layer{i}.0.drop_path", "kept": i % 9 != 0, "trained_in_complement": i % 9 == 0}
         for i in range(50)
     ]
-    return algorithm.draw(algorithm.CycleOfModel("resnet", 3, rows, 9000, 8000, 600))
+    counts = {"parameters": 9000, "trained_in_droppath": 8000, "trained_in_complement": 600}
+    return algorithm.draw({"model": "resnet", "cycle": 3, "rows": rows, **counts})
 
 
 def draw_similarity_grid(toy_features):
@@ -121,7 +122,7 @@ def test_no_text_of_a_figure_overlaps_another_or_leaves_it(draw, toy_features, m
 
     figure = draw(toy_features)
     monkeypatch.setattr(Text, "draw", record)
-    figures.pixels(figure)
+    figure.canvas.draw()
     assert len(drawn) >= 5
     for text, box in drawn.items():
         inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1
@@ -139,7 +140,7 @@ def test_figures_need_no_display_and_leave_pyplot_alone():
         "import sys, torch\n"
         "from timm_rdp.study import figures\n"
         "from timm_rdp.study.spiral import toy, figures as toy_figures\n"
-        "figures.pixels(toy_figures.spirals(*toy.two_spirals(40, 0.02, 1.5, 0)))\n"
+        "toy_figures.spirals(*toy.two_spirals(40, 0.02, 1.5, 0)).canvas.draw()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     hidden = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
@@ -176,4 +177,5 @@ def test_saved_png_holds_the_rendered_pixels(toy_features):
     file = io.BytesIO()
     figure.savefig(file)
     with Image.open(file) as image:
-        assert np.array_equal(np.asarray(image.convert("RGB")), figures.pixels(figure))
+        figure.canvas.draw()
+        assert np.array_equal(np.asarray(image), np.asarray(figure.canvas.buffer_rgba()))

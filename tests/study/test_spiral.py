@@ -113,10 +113,10 @@ def test_drawn_cycle_is_that_of_the_models_own_masks():
         complement = rdp.iteration()
         with complement:
             pass
-    assert complement.cycle == cycle.cycle
-    assert {row["name"] for row in cycle.rows if not row["kept"]} == complement.dropped
-    assert cycle.trained_in_complement == sum(size[n] for n in complement.trainable)
-    assert cycle.trained_in_complement + cycle.trained_in_droppath == cycle.parameters
+    assert complement.cycle == cycle["cycle"]
+    assert {row["name"] for row in cycle["rows"] if not row["kept"]} == complement.dropped
+    assert cycle["trained_in_complement"] == sum(size[n] for n in complement.trainable)
+    assert cycle["trained_in_complement"] + cycle["trained_in_droppath"] == cycle["parameters"]
 
 
 def test_spiral_writes_figures_their_numbers_and_a_summary(tmp_path, capsys):

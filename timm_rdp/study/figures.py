@@ -27,21 +27,14 @@ TONES = ("#14386b", "#e8705a", "#5fa8a0", "#b0a030", "#7a4a8c", "#8a8a8a")
 
 def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure":
     """An empty figure (inches) that needs no display and no pyplot state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
-
-
-def pixels(figure: "Figure") -> np.ndarray:
-    """Render a figure: (height, width, 3), uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable) -> None:

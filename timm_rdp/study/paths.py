@@ -22,7 +22,21 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table that the command line asks for, and return the exit status."""
     try:
         args = _parser().parse_args(argv)
-        rdp = _patch(args)
+        if "drop_path_rate" in args.model_kwargs:
+            raise UsageError("--model-kwargs drop_path_rate=...: give --drop-path")
+        sized = img_size_kwargs(argparse.Namespace(**vars(args), input_size=None))
+        kwargs = {**args.model_kwargs, **sized, "drop_path_rate": args.drop_path}
+        try:
+            with torch.device("meta"):
+                model = create_model(args.model, **kwargs)
+        except UsageError:  # its constructor reads values, or else the CPU refuses it too
+            model = create_model(args.model, **kwargs)
+        what, example_input = f"--model {args.model}", None
+        if size := args.img_size:
+            what += f" --img-size {size}"
+            example_input = torch.empty(2, kwargs.get("in_chans", 3), size, size, device="meta")
+        with refused_with(what):
+            rdp = ResidualDropPath(model, example_input=example_input)
     except UsageError as error:
         return report(error)
     table = {"model": args.model, "drop_path": args.drop_path, **describe(rdp)}
@@ -135,25 +149,6 @@ def _parser() -> Parser:
     add("--model-kwargs", **pairs, help="further arguments of the model")
     add("--json", action="store_true", help="print JSON, with the names of all parameters")
     return show_defaults(parser)
-
-
-def _patch(args: argparse.Namespace) -> ResidualDropPath:
-    """The model's controller; the model is on the meta device if it can be created there."""
-    if "drop_path_rate" in args.model_kwargs:
-        raise UsageError("--model-kwargs drop_path_rate=...: give --drop-path")
-    sized = argparse.Namespace(**vars(args), input_size=None)
-    kwargs = {**args.model_kwargs, **img_size_kwargs(sized), "drop_path_rate": args.drop_path}
-    what, example_input = f"--model {args.model}", None
-    if size := args.img_size:
-        what += f" --img-size {size}"
-        example_input = torch.empty(2, kwargs.get("in_chans", 3), size, size, device="meta")
-    try:
-        with torch.device("meta"):
-            model = create_model(args.model, **kwargs)
-    except UsageError:  # its constructor reads values, or else the CPU refuses it too
-        model = create_model(args.model, **kwargs)
-    with refused_with(what):
-        return ResidualDropPath(model, example_input=example_input)
 
 
 def _wrapped(names: Iterable[str]) -> list[str]:

@@ -63,10 +63,10 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     Raises:
         UsageError: model or data do not fit the options.
     """
-    weights = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
-    process = {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
-    more = {"torchscript": False, "prefetcher": not args.no_prefetcher}
-    args = argparse.Namespace(**{**vars(args), **weights, **process, **more})
+    own = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
+    own |= {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
+    own |= {"torchscript": False, "prefetcher": not args.no_prefetcher}
+    args = argparse.Namespace(**{**vars(args), **own})
     cpu = torch.device("cpu")
     model_dtype = setup_precision(args, cpu)[0]
     with torch.random.fork_rng(devices=[]):
@@ -106,9 +106,18 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     images = torch.empty((batch, *data_config["input_size"]), device="meta", dtype=dtype)
     try:
         update = _flops(model, images)
-        phases = _phases(rdp, images) if rdp else {}
+        known: dict[tuple, int] = {}
+        counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
+        task = "counting what an update costs"
+        for _ in tqdm(range(FLOP_CYCLES if rdp else 0), task, leave=False, disable=None):
+            for it in rdp.cycle() if rdp else ():
+                key = (it.phase, it.dropped)
+                with it:
+                    known[key] = known.get(key) or _flops(model, images)
+                counts[it.phase].append(known[key])
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
+    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if rdp}
     if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
         phases = dict.fromkeys(phases, update)
     counted = {"update": update, **phases}
@@ -121,21 +130,6 @@ def _flops(model: nn.Module, images: torch.Tensor) -> int:
         torch.autograd.backward([output.sum() for output in outputs])
     model.zero_grad()
     return counter.get_total_flops()
-
-
-def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> dict[str, float]:
-    """FLOPs of the mean iteration of each phase."""
-    known: dict[tuple, int] = {}
-    counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
-    cycles = tqdm(range(FLOP_CYCLES), "counting what an update costs", leave=False, disable=None)
-    for _ in cycles:
-        for it in rdp.cycle():
-            key = (it.phase, it.dropped)
-            with it:
-                if key not in known:
-                    known[key] = _flops(rdp.model, images)
-            counts[it.phase].append(known[key])
-    return {phase: fmean(own or [0.0]) for phase, own in counts.items()}
 
 
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:

@@ -2,8 +2,9 @@
 
 import csv
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ def write_report(output: Path, pick: str = "last") -> str:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
     of_runs = results.read_results(output, grid, pick)
     rows = results.tabulate(of_runs)
-    said = _said(rows)
+    said = results.sentences(rows)
+    if not said:
+        said = ["There are no runs of droppath to compare with: add droppath to --variants."]
+    left_out = {}  # plain is in the rows of every rate
+    for row in filter(missing, rows):
+        at = "" if row["variant"] == "plain" else f" at {row['drop_path']:g}"
+        left_out[f"{row['variant']}{at}: {missing(row)}"] = None
+    if left_out:
+        said.append(f"Runs left out of the means: {'; '.join(left_out)}.")
+    said = [f"- {line}" for line in said]
     image = io.BytesIO()
     draw(rows, grid["options"]["model"], pick).savefig(image)
     text = [*_table_md(rows, grid), *said, "", *_notes(rows, grid, pick)]
@@ -50,11 +60,6 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _by_rate(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    rates = dict.fromkeys(row["drop_path"] for row in rows)
-    return {rate: [row for row in rows if row["drop_path"] == rate] for rate in rates}
-
-
 def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     options = grid["options"]
     folder = Path(options["data_dir"] or "").name
@@ -65,7 +70,7 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
-    for rate, of_rate in _by_rate(rows).items():
+    for rate, of_rate in groupby(rows, itemgetter("drop_path")):
         lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
         for row in of_rate:
             seeds = ", ".join(filter(None, (str(row["seeds"]), missing(row))))
@@ -96,21 +101,6 @@ def _interval(n: int | None, low: float | None, high: float | None, text: Callab
     if n == 1:
         return "(one seed: none)"
     return "" if low is None else f"[{text(low)}, {text(high)}]"
-
-
-def _said(rows: Sequence[Row]) -> list[str]:
-    said = results.sentences(rows)
-    if not said:
-        said = ["There are no runs of droppath to compare with: add droppath to --variants."]
-    left_out = {}  # plain is in the rows of every rate
-    for row in filter(missing, rows):
-        variant = row["variant"]
-        place = variant if variant == "plain" else f"{variant} at {row['drop_path']:g}"
-        left_out[place] = missing(row)
-    if left_out:
-        listed = "; ".join(f"{place}: {what}" for place, what in left_out.items())
-        said.append(f"Runs left out of the means: {listed}.")
-    return [f"- {line}" for line in said]
 
 
 def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
@@ -145,7 +135,7 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
     from matplotlib.transforms import ScaledTranslation
 
-    table = _by_rate(rows)
+    table = {rate: [*own] for rate, own in groupby(rows, itemgetter("drop_path"))}
     columns = min(len(table), 2)
     lines = -(-len(table) // columns)
     width = figures.WIDTH if columns > 1 else 6.4
@@ -159,19 +149,22 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
         measure, label = "relative_flops", "FLOPs of the run, droppath = 1"
     handles: dict[str, Any] = {}
     for (rate, of_rate), axes in zip(table.items(), panels, strict=False):
-        shown = [row for row in of_rate if row["seeds"]]
-        places = _side_by_side([row[measure] for row in shown])
         # The mean stands beside its dots, a few points to the right.
         beside = axes.transData + ScaledTranslation(7 / 72, 0, figure.dpi_scale_trans)
-        for row, place in zip(shown, places, strict=True):
+        shown = [row for row in of_rate if row["seeds"]]
+        places = [row[measure] for row in shown]
+        near = 0.05 * (max(places, default=0.0) - min(places, default=0.0) or 1.0)
+        for i, row in enumerate(shown):
+            while any(abs(places[i] - other) < 0.99 * near for other in places[:i]):
+                places[i] += near  # side by side where variants cost the same
             index = VARIANTS.index(row["variant"])
             style = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
-            scores = list(row["scores"].values())
             dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
-            axes.plot([place] * len(scores), scores, **dots, **style)
+            scores = list(row["scores"].values())
+            axes.plot([places[i]] * len(scores), scores, **dots, **style)
             half = None if row["high"] is None else row["high"] - row["mean"]
             look = dict(markersize=7, capsize=3, linewidth=1.2, transform=beside, **style)
-            handles[row["variant"]] = axes.errorbar(place, row["mean"], half, **look)
+            handles[row["variant"]] = axes.errorbar(places[i], row["mean"], half, **look)
         text = "\n".join(f"{row['variant']}: {missing(row)}" for row in of_rate if missing(row))
         axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7)
         axes.set_title(f"drop path {rate:g}", fontsize=9)
@@ -204,12 +197,3 @@ def _limit_height(axes: "figures.Axes", rows: Sequence[Row]) -> bool:
     margin = 0.06 * (high - low or 1.0)
     axes.set_ylim(low - margin, high + margin)
     return any(not low <= edge <= high for edge in edges)
-
-
-def _side_by_side(places: Sequence[float]) -> list[float]:
-    """Move places that would lie on each other apart, to the right."""
-    near = 0.05 * (max(places, default=0.0) - min(places, default=0.0) or 1.0)
-    moved, last = list(places), -math.inf
-    for i in sorted(range(len(places)), key=places.__getitem__):
-        last = moved[i] = max(places[i], last + near)
-    return moved

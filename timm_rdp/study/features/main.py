@@ -25,22 +25,11 @@ MAX_CHECKPOINTS = 6
 
 
 @dataclass
-class Layers:
-    """What was measured of a network's layers of one kind, in forward order."""
-
-    names: list[str]
-    width: list[int]
-    cka: Tensor  # (layers, layers)
-    cosine: Tensor  # (layers, layers)
-    rank: Tensor  # (layers,)
-
-
-@dataclass
 class Network:
     """What was measured of one network."""
 
     label: str
-    kinds: dict[str, Layers]  # by a key of KINDS
+    kinds: dict[str, dict[str, Any]]  # by a key of KINDS: what `_measure` returns
     loss: float | None  # None where it has not the images' classes
     accuracy: float | None
     importance: dict[str, tuple[float, float, float]]  # by path: loss, accuracy, rise of the loss
@@ -184,7 +173,8 @@ def observe(
     return Network(source.label, kinds, loss, accuracy, importance, skipped)
 
 
-def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
+def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[str, Any]:
+    """Names, widths, CKA and cosines (layers, layers) and effective ranks, in forward order."""
     for name, layer in features.items():
         if not layer.isfinite().all():
             raise UsageError(
@@ -192,13 +182,12 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
                 "use another checkpoint"
             )
     own = list(features.values())
-    return Layers(
-        names=list(features),
-        width=[layer.shape[1] for layer in own],
-        cka=similarity.cka_matrix(own, unbiased),
-        cosine=similarity.cosine_matrix(own),
-        rank=torch.tensor([similarity.effective_rank(layer) for layer in own]),
-    )
+    found = {"names": list(features), "widths": [layer.shape[1] for layer in own]}
+    matrices = {
+        "cka": similarity.cka_matrix(own, unbiased),
+        "cosine": similarity.cosine_matrix(own),
+    }
+    return found | matrices | {"ranks": [similarity.effective_rank(layer) for layer in own]}
 
 
 def write(args: argparse.Namespace, output: Path, images: str, networks: list[Network]) -> None:
@@ -206,30 +195,34 @@ def write(args: argparse.Namespace, output: Path, images: str, networks: list[Ne
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
     kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
-    grid = [(KINDS[kind], 0, [own.cka for own in each]) for kind, each in kinds.items()]
+    grid = [(KINDS[kind], 0, [own["cka"] for own in each]) for kind, each in kinds.items()]
     title = f"Layer similarity in {args.model}, {images}"
     figures.write_figure(
         output / "similarity",
         figures.similarity_grid(grid, labels, "similarity (linear CKA)", title),
         ("network", "layers", "number", "name", "other_number", "other_name", "cka", "cosine"),
         (
-            (n.label, kind, i, a, j, b, f"{own.cka[i, j]:.6f}", f"{own.cosine[i, j]:.6f}")
+            (n.label, kind, i, a, j, b, f"{own['cka'][i, j]:.6f}", f"{own['cosine'][i, j]:.6f}")
             for n in networks
             for kind, own in n.kinds.items()
-            for i, a in enumerate(own.names)
-            for j, b in enumerate(own.names)
+            for i, a in enumerate(own["names"])
+            for j, b in enumerate(own["names"])
         ),
     )
-    ranks = [(KINDS[kind], [own.rank for own in each]) for kind, each in kinds.items()]
+    ranks = [
+        (KINDS[kind], [torch.tensor(own["ranks"]) for own in each]) for kind, each in kinds.items()
+    ]
     title = f"Dimensions that the features of {args.model} use"
     what = "effective rank (dimensions)"
     figures.lines_per_layer(ranks, labels, what, title).savefig(output / "rank.png")
     rows = []
     for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
-        climbs = similarity.rebounds(own.cka).tolist() if len(own.names) > 2 else []
+        climbs = similarity.rebounds(own["cka"]).tolist() if len(own["names"]) > 2 else []
         climbs = [*(f"{climb:.6f}" for climb in climbs), "", ""]
-        for i, (name, width, climb) in enumerate(zip(own.names, own.width, climbs, strict=False)):
-            rows.append((network.label, kind, i, name, width, f"{own.rank[i]:.4f}", climb))
+        for i, (name, width, climb) in enumerate(
+            zip(own["names"], own["widths"], climbs, strict=False)
+        ):
+            rows.append((network.label, kind, i, name, width, f"{own['ranks'][i]:.4f}", climb))
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
     figures.write_csv(output / "layers.csv", header, rows)
     if names := list(networks[0].importance):
@@ -264,11 +257,11 @@ def summary(args: argparse.Namespace, images: str, networks: list[Network]) -> s
             lines.append(f"  loss {network.loss:.4f}, top-1 {network.accuracy:.2%}")
         for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
-            if len(own.names) > 2:
-                cka, cosine = map(similarity.revisit_score, (own.cka, own.cosine))
+            if len(own["names"]) > 2:
+                cka, cosine = map(similarity.revisit_score, (own["cka"], own["cosine"]))
                 score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
-            rank = statistics.mean(own.rank.tolist())
-            what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"
+            rank = statistics.mean(own["ranks"])
+            what = f"{len(own['names'])} {KINDS[kind]}: revisit score {score}"
             lines.append(f"  {what}; mean effective rank {rank:.1f}")
         if network.importance:
             rises = {path: rise for path, (*_, rise) in network.importance.items()}

@@ -150,9 +150,7 @@ def build(
     return model.eval(), data, mode
 
 
-def find_paths(
-    name: str, model: nn.Module, size: tuple[int, int, int]
-) -> tuple[timm_rdp.Path, ...]:
+def find_paths(name: str, model: nn.Module, size: tuple) -> tuple[timm_rdp.Path, ...]:
     """The residual paths of a model for images of a size (C, H, W), in call order.
 
     Blocks whose rate is 0 get a DropPath too: timm leaves an Identity in its place there.

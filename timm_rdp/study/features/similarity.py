@@ -84,8 +84,7 @@ def rebounds(similarity: Tensor) -> Tensor:
     where it does not.
 
     Args:
-        similarity: (layers, layers), row i holding the similarity of layer i to every layer, in
-            forward order. NaN (not comparable) is passed over.
+        similarity: (layers, layers), in forward order. NaN (not comparable) is passed over.
 
     Returns:
         (layers - 2,): the last two layers have no layer to fall and rise over.
@@ -105,11 +104,10 @@ def rebounds(similarity: Tensor) -> Tensor:
 
 
 def revisit_score(similarity: Tensor) -> float:
-    """The revisit score: how much similarity rises again after having fallen, mean over layers.
+    """The revisit score: how much similarity rises again after having fallen, mean of `rebounds`.
 
     For similarities in [0, 1] it lies in [0, 1] (in [0, 2] for cosines): 0 exactly where features
-    stay, or only drift away from every layer; 1 where every layer's features are lost completely
-    and then come back completely. Arguments and errors: see `rebounds`.
+    stay, or only drift away from every layer; 1 where all are lost and come back completely.
     """
     return rebounds(similarity).mean().item()
 

@@ -1,7 +1,6 @@
 """Fig. 5 of the paper: a cycle's stages, drawn from a real mask of a real model."""
 
 from collections import Counter
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -21,20 +20,13 @@ STYLE: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class CycleOfModel:
-    """What one RDP cycle does to a model; parameters are counted in numbers, not tensors."""
-
-    model: str
-    cycle: int
-    rows: list[dict[str, Any]]  # of each path: what stands in the table behind the figure
-    parameters: int
-    trained_in_droppath: int
-    trained_in_complement: int
-
-
-def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
+def sample_cycle(name: str, drop_path: float, seed: int) -> dict[str, Any]:
     """Create a timm model and take its first RDP cycle in which a path is dropped.
+
+    Returns:
+        what the cycle does to the model: "model", "cycle", "rows" (of each path, as in the table
+        behind the figure), and how many "parameters" there are and are "trained_in_droppath" and
+        "trained_in_complement", counted in numbers rather than tensors
 
     Raises:
         UsageError: unknown model, or one without residual paths.
@@ -57,10 +49,10 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
             f"--model-drop-path {drop_path}: nothing was dropped in 10000 cycles; give a higher one"
         )
     droppath, complement = iterations
-    return CycleOfModel(
-        model=name,
-        cycle=droppath.cycle,
-        rows=[
+    return {
+        "model": name,
+        "cycle": droppath.cycle,
+        "rows": [
             {
                 "cycle": droppath.cycle,
                 "name": path.name,
@@ -71,40 +63,39 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
             }
             for path in rdp.paths
         ],
-        parameters=sum(size.values()),
-        trained_in_droppath=count(droppath.trainable),
-        trained_in_complement=count(complement.trainable),
-    )
+        "parameters": sum(size.values()),
+        "trained_in_droppath": count(droppath.trainable),
+        "trained_in_complement": count(complement.trainable),
+    }
 
 
-def draw(cycle: CycleOfModel) -> "figures.Figure":
+def draw(cycle: dict[str, Any]) -> "figures.Figure":
     """Fig. 5: three stages, one box a path, the residual stream below the boxes."""
     from matplotlib.patches import Patch
 
-    names = [row["name"] for row in cycle.rows]
+    names = [row["name"] for row in cycle["rows"]]
     # Names of blocks are turned where they would not fit below their paths.
     paths = Counter(map(_block, names))
     turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
-    figure = figures.new_figure(
-        height=6.6 if turned else 5.3,
-        title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
-        "(a box is a path; the line below is the residual stream, with all that is on no path "
-        "at its ends)",
+    title = (
+        "One ResidualDroppath cycle on {model}: the mask of cycle {cycle}\n(a box is a path; "
+        "the line below is the residual stream, with all that is on no path at its ends)"
     )
-    dropped = sum(not row["kept"] for row in cycle.rows)
-    share = lambda n: f"{n / 1e6:.2f} of {cycle.parameters / 1e6:.2f} M parameters"
+    figure = figures.new_figure(6.6 if turned else 5.3, title=title.format(**cycle))
+    dropped = sum(not row["kept"] for row in cycle["rows"])
+    share = lambda n: f"{n / 1e6:.2f} of {cycle['parameters'] / 1e6:.2f} M parameters"
     stages = [
         ("Inference: every path runs", [RUNS] * len(names), RUNS),
         (
             f"Droppath iteration: {dropped} of {len(names)} paths dropped, "
-            f"{share(cycle.trained_in_droppath)} trained",
-            [TRAINED if row["kept"] else DROPPED for row in cycle.rows],
+            f"{share(cycle['trained_in_droppath'])} trained",
+            [TRAINED if row["kept"] else DROPPED for row in cycle["rows"]],
             TRAINED,
         ),
         (
             "Complement iteration: every path runs, only the dropped part is trained, "
-            f"{share(cycle.trained_in_complement)}",
-            [TRAINED if row["trained_in_complement"] else FROZEN for row in cycle.rows],
+            f"{share(cycle['trained_in_complement'])}",
+            [TRAINED if row["trained_in_complement"] else FROZEN for row in cycle["rows"]],
             FROZEN,
         ),
     ]

@@ -31,8 +31,7 @@ def spirals(xy: Tensor, label: Tensor) -> "figures.Figure":
     axes.set_xlabel("first coordinate (spiral radius = 1)")
     axes.set_ylabel("second coordinate")
     axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from timm_rdp.errors import UsageError, report
 from timm_rdp.study.features import similarity
-from timm_rdp.study.figures import pixels, similarity_grid, write_csv, write_figure
+from timm_rdp.study.figures import similarity_grid, write_csv, write_figure
 from timm_rdp.study.options import RATE, at_least, check_installed
 from timm_rdp.study.spiral import algorithm, figures, toy
 from timm_rdp.study.spiral.figures import FIRST, LAYERS, aligned_planes
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -> None:
+def run(args: argparse.Namespace, output: Path, cycle: dict[str, Any]) -> None:
     """Train, measure, draw, write."""
     data = toy.two_spirals(args.points, args.noise, args.turns, args.seed)
     unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
         for seed in range(args.seed, args.seed + args.seeds):
             for variant in measured:
                 own = settings | {"depth": args.depth, "dim": args.dim, "seed": seed}
-                if variant == "untrained":
-                    own["steps"] = 0
+                own["steps"] *= variant != "untrained"
                 found = measure(toy.train(variant, data, **own), unseen)
                 measured[variant].append(found[0])
                 first.setdefault(variant, found)
@@ -96,8 +95,8 @@ def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -
     write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
     draw_features(output, first, unseen[1], args.layers)
     draw_training(output, snapshots, args.layers)
-    rows = (row.values() for row in cycle.rows)
-    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), cycle.rows[0], rows)
+    rows = (row.values() for row in cycle["rows"])
+    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), cycle["rows"][0], rows)
     values = {
         f"revisit score of {name}, {layers}": {
             variant: [row[f"{measure}_{kind}"] for row in own] for variant, own in measured.items()
@@ -202,7 +201,11 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
             for (layer, node, value, b), count in np.ndenumerate(histograms)
         ),
     )
-    frames = [Image.fromarray(pixels(figures.training([s], kind))) for s in snapshots]
+    frames = []
+    for snapshot in snapshots:
+        canvas: Any = figures.training([snapshot], kind).canvas
+        canvas.draw()
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     # One palette for all frames, or each would bring its own.
     palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
     frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
@@ -231,10 +234,9 @@ def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]
     }
     table = ["variant".ljust(11) + "".join(title.rjust(16) for title in columns.values())]
     for variant, own in measured.items():
-        line = variant.ljust(11)
+        table.append(variant.ljust(11))
         for name in columns:
             values = [row[name] for row in own]
             spread = f" ± {statistics.stdev(values):.3f}" if several else ""
-            line += f"{statistics.mean(values):.3f}{spread}".rjust(16)
-        table.append(line)
+            table[-1] += f"{statistics.mean(values):.3f}{spread}".rjust(16)
     return "\n".join([textwrap.fill(text, 100), "", *table]) + "\n"

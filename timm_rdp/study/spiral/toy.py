@@ -107,10 +107,10 @@ def train(
     model = ToyNet(drop_path=drop_path if variant in VARIANTS[1:] else 0.0, **network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    model.train()
     rdp = None
     if variant == "rdp":
         rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
-    model.train()
     for step in range(steps):
         watch(step, model)
         for iteration in rdp.cycle() if rdp else [nullcontext()]:
