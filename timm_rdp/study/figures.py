@@ -71,12 +71,6 @@ def colour_range(matrices: list[Tensor]) -> tuple[float, float]:
     return min(np.floor(lowest * 10) / 10, 0.5), 1.0
 
 
-def legend_of_networks(figure: "Figure", axes: "Axes", columns: list[str]) -> None:
-    """Name the networks below the figure, unless there is only one."""
-    if len(columns) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-
 def similarity_grid(
     rows: list[tuple[str, int, list[Tensor]]], columns: list[str], measure: str, title: str
 ) -> "Figure":
@@ -84,7 +78,6 @@ def similarity_grid(
 
     Args:
         rows: (what the layers are, number of the first, one (layers, layers) matrix a column).
-        columns: names of the networks.
         measure: what the colour shows.
     """
     scale = colour_range([m for *_, row in rows for m in row])
@@ -116,7 +109,6 @@ def lines_per_layer(
 
     Args:
         panels: (what the layers are, one (layers,) tensor a network).
-        columns: names of the networks.
     """
     figure = new_figure(height=3.2, title=title)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -129,7 +121,9 @@ def lines_per_layer(
         axes.set_xlabel(f"layer number ({kind})")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
-    legend_of_networks(figure, grid[0], columns)
+    if len(columns) > 1:
+        handles = grid[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -139,7 +133,6 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     Args:
         names: the paths, in call order.
         losses: per network (paths,): loss with that path dropped minus loss with none dropped.
-        columns: names of the networks.
     """
     rows = len(names) * len(columns)
     figure = new_figure(
@@ -167,5 +160,6 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     axes.set_xlabel(f"rise of the validation loss without the path (nats{scale})")
     axes.set_ylabel("path, in call order")
     axes.grid(axis="x", alpha=0.3)
-    legend_of_networks(figure, axes, columns)
+    if len(columns) > 1:
+        figure.legend(loc="outside lower center", ncols=3)
     return figure

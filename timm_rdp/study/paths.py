@@ -48,10 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(rdp: ResidualDropPath) -> dict[str, Any]:
-    """Count what the paths of a patched model carry.
-
-    Args:
-        rdp: the controller of the model; the model may be on the meta device.
+    """Count what the paths of a patched model carry, which may be on the meta device.
 
     Returns:
         plain values that JSON takes; "elements" counts numbers, "tensors" parameters, and "share"

@@ -41,10 +41,7 @@ FREE = (
 
 
 def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.Namespace, float]:
-    """The training options that all runs share, and their drop rate (0.1 where they have none).
-
-    Args:
-        rest: the command line, without compare's own flags.
+    """The training options in `rest` that all runs share, and their drop rate (0.1 without one).
 
     Raises:
         UsageError: an option is wrong, or is one that compare sets itself.

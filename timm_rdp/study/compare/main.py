@@ -85,10 +85,6 @@ def main(argv: list[str] | None = None) -> int:
 def compare(args: argparse.Namespace, rest: list[str]) -> int:
     """Check everything, do the runs that are missing, write the report.
 
-    Args:
-        args: compare's own options.
-        rest: the training script's.
-
     Raises:
         UsageError: something cannot be followed; nothing was written.
         TrainingError: runs failed, or the disk is full.

@@ -21,9 +21,7 @@ def choose(
 ) -> tuple[list[Path], dict[str, nn.Module]]:
     """The paths and modules of a model to observe: all paths and blocks, or those wanted.
 
-    Args:
-        paths: all its paths.
-        wanted: names, which may hold * for any text; paths come before modules of the same name.
+    The names wanted may hold * for any text; paths come before modules of the same name.
 
     Raises:
         UsageError: the model has no path or module of that name.

@@ -76,7 +76,6 @@ def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     Args:
         path: .pth, .pth.tar, .pt or .safetensors. Nothing in it is executed.
         model: the model that it is expected to be of.
-        label: what the figures call it.
 
     Raises:
         UsageError: missing, unreadable, without weights, or of another model.
@@ -113,7 +112,7 @@ def build(
         args: model, pretrained, and num_classes, img_size and in_chans, which count before what the
             checkpoint was trained with.
         source: its weights; random, or timm's with `args.pretrained`, where it has none.
-        classes: how many the images have.
+        classes: of the images.
 
     Returns:
         the model, timm's data config and PIL's mode of its images

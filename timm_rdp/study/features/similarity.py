@@ -1,5 +1,7 @@
 """How alike two layers are, and how often a network comes back to features that it had left."""
 
+from itertools import combinations_with_replacement
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +24,16 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
     samples, needed = len(layers[0]), 4 if unbiased else 2
     if samples < needed:
         raise ValueError(f"CKA needs at least {needed} samples, not {samples}")
-    rows = [_prepare(layer) for layer in layers]
+    n, rows = samples, [_prepare(layer) for layer in layers]
     hsic = torch.empty(len(rows), len(rows), dtype=torch.float64)
-    for i, x in enumerate(rows):
-        for j in range(i, len(rows)):
-            hsic[i, j] = hsic[j, i] = _hsic(x, rows[j], unbiased)
+    for (i, x), (j, y) in combinations_with_replacement(enumerate(rows), 2):
+        value = (x.T @ y).square().sum()
+        if unbiased:
+            # Song et al. 2012, eq. 5, for Gram matrices without their diagonals, never formed: of
+            # their row sums only the removed diagonal is left, since centred rows sum to zero.
+            kx, ky = x.square().sum(1), y.square().sum(1)
+            value += kx.sum() * ky.sum() / ((n - 1) * (n - 2)) - kx @ ky * (1 + 2 / (n - 2))
+        hsic[i, j] = hsic[j, i] = value  # up to a factor that depends on n only
     own = hsic.diagonal().clamp(min=0)
     norm = (own[:, None] * own[None, :]).sqrt()
     return torch.where(norm > 0, hsic / norm, 0.0).clamp(max=1.0)
@@ -47,19 +54,6 @@ def _prepare(layer: Tensor) -> Tensor:
     return x
 
 
-def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
-    """HSIC of two centred layers, up to a factor that depends on the number of samples only."""
-    cross = (x.T @ y).square().sum()
-    if not unbiased:
-        return cross
-    # Song et al. 2012, eq. 5, for Gram matrices without their diagonals, never formed.
-    n = len(x)
-    kx, ky = x.square().sum(1), y.square().sum(1)
-    trace = cross - kx @ ky
-    # Row sums: centred rows sum to zero, so only the removed diagonal is left.
-    return trace + kx.sum() * ky.sum() / ((n - 1) * (n - 2)) - 2 * (kx @ ky) / (n - 2)
-
-
 def cosine_matrix(layers: list[Tensor]) -> Tensor:
     """Cosine similarity between all pairs of layers, mean over samples: (layers, layers), float64.
 
@@ -68,11 +62,9 @@ def cosine_matrix(layers: list[Tensor]) -> Tensor:
             cosine: NaN.
     """
     out = torch.full((len(layers), len(layers)), float("nan"), dtype=torch.float64)
-    for i, x in enumerate(layers):
-        for j, y in enumerate(layers[: i + 1]):
-            if y.shape == x.shape:
-                cosine = F.cosine_similarity(x.double(), y.double(), dim=1)
-                out[i, j] = out[j, i] = cosine.mean()
+    for (i, x), (j, y) in combinations_with_replacement(enumerate(layers), 2):
+        if y.shape == x.shape:
+            out[i, j] = out[j, i] = F.cosine_similarity(x.double(), y.double(), dim=1).mean()
     return out
 
 

@@ -62,9 +62,6 @@ def strongest_return(similarity: Tensor) -> tuple[int, int, int]:
     """The layer that is lost and found most clearly: (it, where it is lost, where it is back).
 
     It is back "several transformations" later: after an eighth of the layers, at least 2.
-
-    Args:
-        similarity: (layers, layers).
     """
     apart = max(2, len(similarity) // 8)
     best, found = -1.0, (0, 0, 0)
@@ -82,10 +79,7 @@ def distributions(
 ) -> "figures.Figure":
     """Fig. 1: the points as every layer sees them; the strongest return is framed.
 
-    Args:
-        layers: (samples, dim) each.
-        similarity: their CKA, (layers, layers).
-        label: classes, (samples,).
+    `layers` are (samples, dim) each, `similarity` is their CKA, `label` has the classes (samples,).
     """
     start, lost, back = strongest_return(similarity)
     first = FIRST[kind]

@@ -41,8 +41,7 @@ class ToyNet(nn.Module):
     """Embedding to `dim`, `depth` residual linear layers, a linear classifier.
 
     Args:
-        depth: number of residual layers.
-        dim: hidden dimension.
+        depth, dim: number of residual layers, hidden dimension.
         drop_path: rate of the last layer's DropPath; the rates rise linearly from 0, as in timm.
         activation: after each residual linear layer, a key of `ACTIVATIONS`.
     """
@@ -97,7 +96,6 @@ def train(
         variant: "droppath" (timm's), "rdp" (one full cycle a step), or any other (no DropPath).
         data: what `two_spirals` returns.
         steps: batches. Under RDP each is a droppath and a complement iteration, `same` batches.
-        lr: learning rate at the start.
         seed: of the weights, of timm's DropPath and of RDP's masks.
         watch: called as watch(step, model) before every step and after the last.
         network: depth, dim and activation of the `ToyNet`.
