@@ -46,6 +46,16 @@ def number(
     return convert
 
 
+def show_defaults(parser: Parser) -> Parser:
+    """Give the flags' help texts their defaults, and N or TEXT where they name no value."""
+    for action in parser._actions:
+        if action.nargs != 0 and not (action.choices or action.metavar):
+            action.metavar = "N" if action.type else "TEXT"
+        if action.nargs != 0 and action.default and "default: " not in str(action.help):
+            action.help = f"{action.help} (default: %(default)s)"
+    return parser
+
+
 def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the option group `ResidualDroppath` to a parser, and return the group."""
     group = parser.add_argument_group("ResidualDroppath")

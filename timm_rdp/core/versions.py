@@ -27,7 +27,7 @@ def safe_globals(types: list[Any]) -> AbstractContextManager:
     return nullcontext()
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
+def input_size(model: nn.Module) -> tuple[int, ...]:
     """Channels, height and width of the images that a timm model takes by default."""
     try:
         from timm.models import get_model_input_config

@@ -49,7 +49,7 @@ def load_batches(
             loaded = next(loader, None)
             if loaded is None:
                 return
-            input, target = to_device(args, *loaded, device, dtype, data.mixup_fn)
+            input, target = to_device(args, loaded, device, dtype, data.mixup_fn)
         size = (input["patches"] if isinstance(input, dict) else input).shape[0]
         scale = _loss_scale(args, data.batch_size_reference, size, device)
         state.batches_done += 1
@@ -74,18 +74,19 @@ def first_batch(
         prefetcher = copy.copy(data.train)
         prefetcher.loader = [loaded]
         loaded = next(iter(prefetcher))
-    return to_device(args, *loaded, device, dtype, data.mixup_fn)
+    return to_device(args, loaded, device, dtype, data.mixup_fn)
 
 
 def to_device(
     args: argparse.Namespace,
-    input: Any,
-    target: torch.Tensor,
+    loaded: tuple[Any, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype | None,
     mixup_fn: Callable | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """What timm's prefetcher would have done, where it is not in use; then the memory layout."""
+
+    input, target = loaded
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -68,7 +68,7 @@ def find_newest(args: argparse.Namespace) -> None:
     files = [path for name in names for path in folder.glob(f"{name}.pth.tar")]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:
-            _weights_of(read_checkpoint(path, "--resume", mmap=True), f"--resume {path}")
+            weights_of(read_checkpoint(path, "--resume", mmap=True), f"--resume {path}")
             args.resume = str(path)
             break
         except UsageError as error:
@@ -92,7 +92,7 @@ def check_weights_files(args: argparse.Namespace) -> None:
     for flag in ("--initial-checkpoint", "--pretrained-path"):
         path = getattr(args, flag[2:].replace("-", "_"))
         if path and not _is_foreign(path):
-            _weights_of(read_checkpoint(path, flag, mmap=True), f"{flag} {path}")
+            weights_of(read_checkpoint(path, flag, mmap=True), f"{flag} {path}")
 
 
 def _is_foreign(path: str) -> bool:
@@ -100,7 +100,7 @@ def _is_foreign(path: str) -> bool:
     return Path(path).suffix.lower() in (".npz", ".npy", ".safetensors")
 
 
-def _weights_of(checkpoint: Any, what: str) -> tuple[str, dict[str, torch.Tensor]]:
+def weights_of(checkpoint: Any, what: str) -> tuple[str, dict[str, torch.Tensor]]:
     """The key under which a checkpoint keeps its weights ('': it is nothing else), and those."""
     found = checkpoint if isinstance(checkpoint, Mapping) else {}
     key = next((k for k in ("state_dict", "model") if found.get(k) is not None), "")
@@ -191,7 +191,7 @@ def resume(
     """
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, "--resume")
-    key, weights = _weights_of(checkpoint, what)
+    key, weights = weights_of(checkpoint, what)
     if not key:
         checkpoint = {}
     check_fit(utils.unwrap_model(task.get_eval_model()), weights, what, args.model)

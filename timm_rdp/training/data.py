@@ -62,8 +62,8 @@ def create_data(
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
     # Some data sets tell their classes only once they are made.
     reader = getattr(train, "reader", None)
-    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None)
-    check_outputs(len(classes or ()), args.num_classes, args)
+    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
+    check_outputs(len(classes), args.num_classes, args)
     common = dict(
         mean=data_config["mean"],
         std=data_config["std"],
@@ -93,12 +93,7 @@ def create_data(
     if args.train_img_sizes is not None:
         reference = loaders[0].batch_sampler.average_batch_size
     if is_primary(args):
-        _log(args, len(train), loaders[0].batch_sampler)
-        if 0 < len(classes or ()) < args.num_classes:
-            _logger.info(
-                f"The model has {args.num_classes} outputs for {len(classes)} classes; "
-                f"--num-classes {len(classes)} leaves out what is never trained on"
-            )
+        _log(args, len(train), len(classes), loaders[0].batch_sampler)
     return Data(*loaders, float(reference))
 
 
@@ -250,7 +245,12 @@ def _val_kwargs(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[s
     )
 
 
-def _log(args: argparse.Namespace, images: int, sampler: Any) -> None:
+def _log(args: argparse.Namespace, images: int, classes: int, sampler: Any) -> None:
+    if 0 < classes < args.num_classes:
+        _logger.info(
+            f"The model has {args.num_classes} outputs for {classes} classes; --num-classes "
+            f"{classes} leaves out what is never trained on"
+        )
     if args.demo:
         _logger.info(
             f"Demo: training on {images} of scikit-learn's handwritten digits, in "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from timm.loss import LOSS_TYPES
 from timm.utils.misc import ParseKwargs
 
-from timm_rdp.args import Parser, add_rdp_args, number
+from timm_rdp.args import Parser, add_rdp_args, number, show_defaults
 
 INT, FLOAT = number(int), number(float)
 COUNT = number(int, "of at least 1", lambda x: x >= 1)
@@ -51,12 +51,7 @@ def build_parser() -> Parser:
     add_rdp_args(parser)
     for title, add_flags in _GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
-    for action in parser._actions:
-        if action.nargs != 0 and not (action.choices or action.metavar):
-            action.metavar = "N" if action.type else "TEXT"
-        if action.nargs != 0 and action.default and "default: " not in str(action.help):
-            action.help = f"{action.help} (default: %(default)s)"
-    return parser
+    return show_defaults(parser)
 
 
 def flag(name: str) -> str:

@@ -272,8 +272,8 @@ def evaluate(
     last = len(loader) - 1
     model.eval()
     with torch.inference_mode():
-        for index, (input, target) in enumerate(display.watch(loader, f"Validation{suffix}")):
-            input, target = to_device(args, input, target, device, dtype)
+        for index, loaded in enumerate(display.watch(loader, f"Validation{suffix}")):
+            input, target = to_device(args, loaded, device, dtype)
             with autocast():
                 output = model(input)
                 if isinstance(output, tuple | list):

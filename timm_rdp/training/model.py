@@ -54,9 +54,10 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
             given = _FLAGS.get(keyword[1], f"--model-kwargs {keyword[1]}=...")
             why = f"--model {name} takes no {keyword[1]}: leave {given} out"
             if keyword[1] == "drop_path_rate":
-                why += (
-                    " or choose a model with stochastic depth, and so with paths, such as "
-                    "vit_small_patch16_224 or resnet50"
+                why = (
+                    f"--model {name} takes no drop_path_rate and so has no paths: choose a model "
+                    "with stochastic depth, such as vit_small_patch16_224 or resnet50 (to train "
+                    "this one all the same, leave --drop-path out)"
                 )
         raise UsageError(why) from error
 
@@ -216,9 +217,9 @@ def example_input(
     height, width = patch_size(model)
     shape: tuple[int, ...] = (height * width * channels,)
     if args.naflex_patch_sizes:  # patches of varying size are not flattened
-        side = side or args.naflex_patch_sizes[0]
+        edges = [side or args.naflex_patch_sizes[0]] * 2
         first = args.naflex_patchify_channels_first
-        shape = (channels, side, side) if first else (side, side, channels)
+        shape = (channels, *edges) if first else (*edges, channels)
     length = args.naflex_train_seq_lens[0]
     edge = max(1, int(length**0.5))
     coord = torch.zeros(batch, length, 2, dtype=torch.int64, device=device)
