@@ -3,11 +3,13 @@
 import multiprocessing
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import write_digits
 from core_helpers import same_bits
+from PIL import Image
 from runs import RESNET, checkpoint, run
 from timm import utils
 from timm.data import (
@@ -353,6 +355,59 @@ def test_outputs_that_no_class_uses_are_logged_once(digits_folder, caplog):
     caplog.set_level("INFO")
     loaders(options(digits_folder, "--num-classes", "12"))
     assert [r.message for r in caplog.records if "12 outputs for 10 classes" in r.message]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """Images of each mode of PIL, as class folders."""
+    root, noise = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    for mode in ("RGB", "RGBA", "CMYK", "L", "P"):
+        for index in range(8):
+            pixels = Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            for split in ("train", "validation"):
+                folder = root / mode / split / "ab"[index % 2]
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels.convert(mode).save(folder / f"{index}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+@pytest.mark.parametrize("prefetcher", [(), ("--no-prefetcher",)])
+@pytest.mark.parametrize(
+    ("mode", "argv"),
+    [
+        ("RGBA", "--in-chans 4"),
+        ("CMYK", "--in-chans 4 --input-img-mode CMYK"),
+        ("L", "--in-chans 1"),
+        ("L", ""),
+        ("RGB", "--in-chans 1"),
+        ("CMYK", ""),
+        ("P", ""),
+        ("P", "--in-chans 1"),
+        ("RGB", "--mean 0.5 --std 0.25"),
+        ("L", "--in-chans 2 --input-img-mode LA"),
+    ],
+)
+def test_images_of_any_mode_train(coloured, tmp_path, mode, argv, prefetcher):
+    flags = ["--num-classes", "2", "-b", "4", "--epochs", "1", *argv.split(), *prefetcher]
+    run(coloured / mode, tmp_path, *RESNET, *flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--input-img-mode L", "--input-img-mode L --in-chans 1"),
+        ("--in-chans 1 --input-img-mode RGB", "--input-img-mode RGB --in-chans 3"),
+        ("--input-size 3 32 32 --in-chans 1", "--in-chans 1 --input-size 3 32 32"),
+        ("--in-chans 2", "--in-chans 2 --input-img-mode"),
+        ("--input-img-mode BOGUS", "--input-img-mode BOGUS"),
+        ("--in-chans 1 --mean 0.5 0.5 0.5", "--mean 0.5"),
+    ],
+)
+def test_channels_that_disagree_name_the_option_to_give(coloured, refused, argv, words):
+    data = ["--data-dir", coloured / "RGB", "--num-classes", "2", "-b", "4", "-j", "0"]
+    line = refused(*data, *RESNET, *argv.split())
+    for word in words.split():
+        assert word in line
 
 
 def test_posterizing_to_nothing_gives_a_black_image(digits_folder):

@@ -53,15 +53,9 @@ def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first:
     """Draw a (layers, layers) matrix, layer `first` at the lower left; NaN is left grey."""
     edges = (first - 0.5, first + len(similarity) - 0.5)
     axes.set_facecolor("#d9d9d9")
-    axes.imshow(
-        similarity.numpy(),
-        origin="lower",
-        extent=(*edges, *edges),
-        vmin=scale[0],
-        vmax=scale[1],
-        cmap=SEQUENTIAL,
-        interpolation="nearest",
-    )
+    low, high = scale
+    look: dict[str, Any] = {"cmap": SEQUENTIAL, "origin": "lower", "interpolation": "nearest"}
+    axes.imshow(similarity.numpy(), vmin=low, vmax=high, extent=(*edges, *edges), **look)
     axes.locator_params(nbins=6, integer=True)
 
 

@@ -22,9 +22,7 @@ def check_installed(*packages: str) -> None:
     """Raises UsageError where a package is missing that only the demo extra installs."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f'{package} is not installed and is needed here: pip install "timm-rdp[demo]"'
-            )
+            raise UsageError(f'{package} is not installed: pip install "timm-rdp[demo]"')
 
 
 def check_output(folder: str | Path) -> Path:

@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import (
@@ -22,7 +24,7 @@ from timm.utils import is_primary
 from torch import nn
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.training.dataset import check_outputs, make_dataset
+from timm_rdp.training.dataset import IMG_MODES, check_outputs, make_dataset
 from timm_rdp.training.model import mixup_active, patch_size
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ def create_data(
     Raises:
         UsageError: a data set cannot be made, or holds more classes than the model has outputs.
     """
-    img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    channels = data_config["input_size"][0]
+    img_mode = args.input_img_mode or IMG_MODES[channels]
     train = make_dataset(args, img_mode, is_training=True)
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
     # Some data sets tell their classes only once they are made.
@@ -65,8 +68,8 @@ def create_data(
     classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
     check_outputs(len(classes), args.num_classes, args)
     common = dict(
-        mean=data_config["mean"],
-        std=data_config["std"],
+        mean=_per_channel(data_config["mean"], channels),
+        std=_per_channel(data_config["std"], channels),
         pin_memory=args.pin_mem,
         img_dtype=model_dtype or torch.float32,
         device=device,
@@ -95,6 +98,13 @@ def create_data(
     if is_primary(args):
         _log(args, len(train), len(classes), loaders[0].batch_sampler)
     return Data(*loaders, float(reference))
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value per channel; where there are others, their average, as in timm's prefetcher."""
+    if len(values) == channels:
+        return tuple(values)
+    return (np.mean(values).item(),) * channels
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:

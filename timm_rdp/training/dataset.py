@@ -22,6 +22,7 @@ from timm_rdp.errors import DataError, UsageError, one_line, refused_with
 _logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "TIMM_RDP_CACHE"
+IMG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 SPLITS = ("train", "validation")  # the default names
 VALIDATION_SHARE = 5  # every fifth image of a class
 

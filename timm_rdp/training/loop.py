@@ -226,7 +226,8 @@ def try_batch(
     own = getattr(module, "pretrained_cfg", {}).get("input_size")
     hint = f" (its own: {own[1]} x {own[2]})" if own else ""
     try:
-        batch = first_batch(args, data, device, dtype)
+        with refused_with("the training data cannot be made into batches"):
+            batch = first_batch(args, data, device, dtype)
         if batch is None:
             return
         images = batch[0]["patches"] if isinstance(batch[0], dict) else batch[0]

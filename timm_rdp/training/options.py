@@ -11,13 +11,14 @@ from typing import Any
 import timm
 import torch
 import yaml
+from PIL import ImageMode
 from timm.data.transforms_factory import transforms_imagenet_train
 from timm.utils.distributed import is_distributed_env
 
 import timm_rdp
 from timm_rdp.core.versions import best_device
 from timm_rdp.errors import UsageError, nearest, refused_with
-from timm_rdp.training.dataset import prepare_demo
+from timm_rdp.training.dataset import IMG_MODES, prepare_demo
 from timm_rdp.training.flags import build_parser, flag
 from timm_rdp.training.model import mixup_active, no_such_model
 
@@ -283,6 +284,20 @@ def _check_values(args: argparse.Namespace) -> None:
 
 def _check_lists(args: argparse.Namespace) -> None:
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    if args.in_chans not in (None, channels):
+        raise UsageError(
+            f"--in-chans {args.in_chans} does not fit {_shown(args, 'input_size')}; leave one out"
+        )
+    if mode := args.input_img_mode:
+        with refused_with(f"--input-img-mode {mode}: PIL has no such mode"):
+            bands = len(ImageMode.getmode(mode).bands)
+        if bands != channels:
+            raise UsageError(
+                f"--input-img-mode {mode} has {bands} channels, and the model takes {channels}; "
+                f"give --in-chans {bands}"
+            )
+    elif channels not in IMG_MODES:
+        raise UsageError(f"--in-chans {channels}: name the images' mode with --input-img-mode")
     for name in ("mean", "std"):
         if len(getattr(args, name) or "1") not in (1, channels):
             raise UsageError(f"{_shown(args, name)} must be one value or {channels}, per channel")

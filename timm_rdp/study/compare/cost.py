@@ -54,8 +54,6 @@ def flop_counter() -> FlopCounterMode:
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     """The model of a run without its weights, on torch's meta device.
 
-    NaFlex models stay on the CPU, because they read sizes off the values of their input.
-
     Returns:
         the model in train mode, timm's data config, the images of an epoch / --batch-size
 
@@ -73,7 +71,7 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
         data = create_data(args, data_config, model, cpu, model_dtype)
     batches = len(data.train) * data.batch_size_reference / args.batch_size
     close_data(data)
-    if not args.naflex_loader:
+    if not args.naflex_loader:  # these models read sizes off the values of their input
         model.to("meta")
     return model.train(), data_config, batches
 
@@ -108,8 +106,7 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
         update = _flops(model, images)
         known: dict[tuple, int] = {}
         counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
-        task = "counting what an update costs"
-        for _ in tqdm(range(FLOP_CYCLES if rdp else 0), task, leave=False, disable=None):
+        for _ in tqdm(range(FLOP_CYCLES if rdp else 0), "FLOPs", leave=False, disable=None):
             for it in rdp.cycle() if rdp else ():
                 key = (it.phase, it.dropped)
                 with it:

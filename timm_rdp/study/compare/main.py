@@ -112,15 +112,16 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     with locked(output) as lock:
         grids.write_grid(output, grid, options)
         trainings = [runs.training_of(cell, output, options, grid) for cell in cells]
-        skipped = {runs.DONE, runs.DIVERGED, *(() if args.retry else (runs.FAILED,))}
+        ended = (runs.DONE, runs.DIVERGED)
+        skipped = ended if args.retry else (*ended, runs.FAILED)
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
     print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    ended = {t.folder: runs.read_record(t.folder)["status"] for t in trainings}
-    left = [f for f, status in ended.items() if status not in (runs.DONE, runs.DIVERGED)]
+    folders = [training.folder for training in trainings]
+    left = [f for f in folders if runs.read_record(f)["status"] not in ended]
     if left:
         raise TrainingError(
             f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "

@@ -146,8 +146,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What the comparisons of ResidualDroppath support; those of all where there are none of it."""
-    every = [(row, reference) for row in rows for reference in REFERENCES]
-    compared = [(row, ref) for row, ref in every if row[f"pairs_to_{ref}"] is not None]
+    compared = [(r, ref) for r in rows for ref in REFERENCES if r[f"pairs_to_{ref}"] is not None]
     about_rdp = [c for c in compared if c[0]["variant"] in runs.RDP_VARIANTS]
     chosen = sorted(about_rdp or compared, key=lambda c: (c[0]["drop_path"], c[0]["variant"]))
     return [_sentence(row, reference) for row, reference in chosen]

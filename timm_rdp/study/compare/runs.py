@@ -155,9 +155,7 @@ def train_all(
 
     Signals that ask to stop are passed on to the runs, which save what they have, and no more are
     begun; a second signal kills them. They keep the file descriptor `lock` open while they live.
-
-    Returns:
-        the signal that stopped them, else 0
+    Returns the signal that stopped them, else 0.
     """
     waiting, stop, stopped_at = deque(trainings), 0, 0.0
     active: dict[int, tuple[Training, subprocess.Popen]] = {}

@@ -65,9 +65,9 @@ def _parser() -> Parser:
     )
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
-    else_own = "(default: the checkpoint's, else the {}')"
-    add("--num-classes", type=COUNT, help=f"the model's outputs {else_own.format('images')}")
-    add("--img-size", type=COUNT, help=f"image size {else_own.format('model')}")
+    outputs = "the model's outputs (default: the checkpoint's, else the images')"
+    add("--num-classes", type=COUNT, help=outputs)
+    add("--img-size", type=COUNT, help="image size (default: the checkpoint's, else the model's)")
     add("--in-chans", type=COUNT, help="image channels (default: the checkpoint's, else 3)")
     add("--device", help="default: the best there is")
     return show_defaults(parser)

@@ -72,9 +72,7 @@ class Source:
 def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     """Read a checkpoint of `train_rdp.py`, of timm's script, or of bare weights.
 
-    Args:
-        path: .pth, .pth.tar, .pt or .safetensors. Nothing in it is executed.
-        model: the model that it is expected to be of.
+    Nothing in it is executed. `model` is what it is expected to be of.
 
     Raises:
         UsageError: missing, unreadable, without weights, or of another model.

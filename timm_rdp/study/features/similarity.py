@@ -21,10 +21,10 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
     Source: Kornblith et al. 2019, arXiv 1905.00414. A layer that does not vary over the samples has
     no direction to compare: its CKA with any layer is 0.
     """
-    samples, needed = len(layers[0]), 4 if unbiased else 2
-    if samples < needed:
-        raise ValueError(f"CKA needs at least {needed} samples, not {samples}")
-    n, rows = samples, [_prepare(layer) for layer in layers]
+    n, needed = len(layers[0]), 4 if unbiased else 2
+    if n < needed:
+        raise ValueError(f"CKA needs at least {needed} samples, not {n}")
+    rows = [_prepare(layer) for layer in layers]
     hsic = torch.empty(len(rows), len(rows), dtype=torch.float64)
     for (i, x), (j, y) in combinations_with_replacement(enumerate(rows), 2):
         value = (x.T @ y).square().sum()
@@ -107,11 +107,8 @@ def revisit_score(similarity: Tensor) -> float:
 def effective_rank(layer: Tensor) -> float:
     """Effective rank of a layer's centred features: in [1, min(samples - 1, width)], 0 if constant.
 
-    Args:
-        layer: features, (samples, width).
-
-    Source: Roy and Vetterli 2007: the exponential of the entropy of the singular values divided by
-    their sum.
+    The layer is (samples, width). Source: Roy and Vetterli 2007: the exponential of the entropy of
+    the singular values divided by their sum.
     """
     values = torch.linalg.svdvals(_prepare(layer))
     if values.sum() == 0:

@@ -24,9 +24,8 @@ def sample_cycle(name: str, drop_path: float, seed: int) -> dict[str, Any]:
     """Create a timm model and take its first RDP cycle in which a path is dropped.
 
     Returns:
-        what the cycle does to the model: "model", "cycle", "rows" (of each path, as in the table
-        behind the figure), and how many "parameters" there are and are "trained_in_droppath" and
-        "trained_in_complement", counted in numbers rather than tensors
+        "model", "cycle", "rows" (of each path, as in the table behind the figure), and how many
+        "parameters" there are, "trained_in_droppath" and "trained_in_complement" (elements)
 
     Raises:
         UsageError: unknown model, or one without residual paths.
@@ -103,8 +102,7 @@ def draw(cycle: dict[str, Any]) -> "figures.Figure":
         axes.set_title(title, fontsize=9.5, loc="left")
         _stage(axes, names, states, rest, turned)
     handles = [Patch(label=state, **style) for state, style in STYLE.items()]
-    look = {"ncols": 4, "fontsize": 8.5, "frameon": False}
-    figure.legend(handles=handles, loc="outside lower center", **look)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
     return figure
 
 

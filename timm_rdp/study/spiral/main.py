@@ -221,11 +221,10 @@ def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]
     text = (
         f"Two spirals, {args.points} points; residual networks of {args.depth} linear layers "
         f"({args.activation}), dimension {args.dim}, {args.steps} steps, drop path "
-        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from "
-        f"{args.points} points that were not trained on. Revisit "
-        "scores: 0 where features only stay or drift away, 1 where all are lost and come back. "
-        "'paths': what each path puts out; 'sums': the features after each residual sum. "
-        "Rank: effective rank, mean over layers."
+        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from {args.points} points "
+        "that were not trained on. Revisit scores: 0 where features only stay or drift away, 1 "
+        "where all are lost and come back. 'paths': what each path puts out; 'sums': the features "
+        "after each residual sum. Rank: effective rank, mean over layers."
     )
     columns = {"accuracy": "accuracy"} | {
         f"{measure}_{kind}": f"{name}, {layers}"
