@@ -10,6 +10,7 @@ from core_helpers import SMALL, batch, buffers_of, loss_of, same_bits, small_mod
 from digits import digit_images
 from test_families import FAMILIES, create, first_tensor
 from timm.layers import DropPath
+from torch import nn
 
 from timm_rdp import ResidualDropPath
 
@@ -165,6 +166,52 @@ def test_a_copy_of_a_patched_model_stands_on_its_own(name, copied):
     assert other.masks
     other.detach()
     assert {type(m) for m in drop_paths(before).values()} == {DropPath}
+
+
+class HoldsItsController(nn.Module):
+    def __init__(self, of_all):
+        super().__init__()
+        self.net = small_model("test_resnet")
+        self.rdp = ResidualDropPath(self if of_all else self.net, example_input=EXAMPLE)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+EXAMPLE = torch.zeros(2, 3, 64, 64)
+
+
+def train_attached(model, rdp, updates):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+    rdp.attach(optimizer)
+    for i in range(updates):
+        loss_of(model, *batch("test_resnet", start=4 * i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_module_that_holds_its_controller_is_copied_together_with_it(copied, within, of_all):
+    model = HoldsItsController(of_all)
+    train_attached(model, model.rdp, 3)
+    if within:
+        model(batch("test_resnet")[0])  # an iteration that no optimizer step has ended
+    clone = copied(model)
+    assert clone.rdp.model is (clone if of_all else clone.net)
+    assert all(p.requires_grad for p in clone.parameters())
+    assert all(m.training for m in clone.modules())
+    with pytest.raises(ValueError, match="patched by another"):
+        ResidualDropPath(clone.net)
+
+    other = ResidualDropPath(model.rdp.detach(), example_input=EXAMPLE)
+    other.load_state_dict(clone.rdp.state_dict())
+    model.zero_grad(), clone.zero_grad()
+    train_attached(model, other, 4)
+    train_attached(clone, clone.rdp, 4)
+    assert same_bits(dict(model.state_dict()), dict(clone.state_dict()))
+    assert other.state_dict() == clone.rdp.state_dict()
 
 
 def test_a_copy_of_an_attached_model_does_not_drive_the_original():

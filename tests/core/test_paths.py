@@ -1,17 +1,19 @@
 """A model's paths and their dropped parts, where the right answer is known beforehand."""
 
+import gc
 import random
 
 import numpy as np
 import pytest
 import timm
 import torch
-from core_helpers import batch, buffers_of, parameters_of, same_bits, small_model
+from core_helpers import batch, buffers_of, same_bits, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
 from timm.models import VisionTransformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -176,42 +178,82 @@ def test_an_unknown_path_is_an_error_that_names_the_nearest():
 # Tracing.
 
 
+def contents(value):
+    """What an attribute of a module holds, down to the tensors in its containers."""
+    if isinstance(value, torch.Tensor):
+        return (type(value), value.requires_grad, value.grad, value.detach().clone())
+    if isinstance(value, dict):
+        return [(key, contents(v)) for key, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [contents(v) for v in value]
+    return id(value)
+
+
 def everything_of(model):
     return {
-        "parameters": parameters_of(model),
-        "buffers": buffers_of(model),
-        "flags": [p.requires_grad for p in model.parameters()],
-        "modes": [m.training for m in model.modules()],
         "classes": [type(m) for m in model.modules()],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
-        "gradients": [p.grad for p in model.parameters()],
-        "drop_prob": [m.drop_prob for m in model.modules() if isinstance(m, DropPath)],
+        "attributes": [contents(vars(m)) for m in model.modules()],
+        "identities": [[id(p) for p in model.parameters()], [id(b) for b in model.buffers()]],
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].tolist(),
         "python": random.getstate(),
     }
 
 
+def busy(model, raises):
+    """Has its forward leave behind whatever one may."""
+    model.cache, model.seen, model.plain = {"of": []}, [], torch.ones(2)
+    base = type(model)
+
+    def forward(self, x):
+        self.last_input = x
+        self.cache.setdefault(tuple(x.shape), []).append(x + 1)
+        self.cache["of"].append(self.plain.add_(1))
+        self.seen.append(len(self.seen))
+        self.register_buffer("late", torch.ones(3))
+        for parameter in self.parameters():
+            parameter.data.mul_(0.5)
+        list(self.parameters())[-1].requires_grad_(False)
+        self.register_forward_hook(lambda *_: None)
+        self.eval()
+        np.random.rand(), random.random(), torch.rand(3)
+        self.train()
+        output = base.forward(self, x)
+        if raises:
+            raise RuntimeError("as it may")
+        return output
+
+    model.__class__ = type("Busy", (base,), {"forward": forward})
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "cait_xxs24_224", "mobilevit_xxs"])
-@pytest.mark.parametrize("on_meta", [True, False], ids=["meta", "real"])
-def test_tracing_leaves_the_model_and_every_random_state_untouched(name, on_meta):
+@pytest.mark.parametrize("needs_values", [False, True], ids=["fake", "real"])
+@pytest.mark.parametrize("does", ["little", "much", "raise"])
+def test_tracing_leaves_the_model_and_every_random_state_untouched(name, needs_values, does):
     model = small_model(name).eval()
+    nn.utils.spectral_norm(next(m for m in model.modules() if isinstance(m, nn.Conv2d)))
+    model.register_forward_pre_hook(lambda *_: None)
     next(model.parameters()).requires_grad_(False)
-    if not on_meta:
+    if does != "little":
+        busy(model, raises=does == "raise")
+    if needs_values:
         model.__class__ = type("NeedsValues", (model.__class__,), {"forward": forward_with_values})
     before = everything_of(model)
-    graph = trace_paths(model)
-    assert graph.paths
+    if does == "raise":
+        with pytest.raises(ValueError, match="as it may"):
+            trace_paths(model)
+    else:
+        assert trace_paths(model).paths
     assert same_bits(before, everything_of(model))
 
 
 def forward_with_values(self, x):
-    if x.sum().item() > 1e9:  # no tensor on meta has a value
+    if x.sum().item() > 1e9:  # no fake tensor has a value
         return x
     return super(type(self), self).forward(x)
 
 
-def test_a_model_that_cannot_run_on_meta_is_traced_by_a_real_forward():
+def test_a_model_that_needs_values_is_traced_by_a_real_forward():
     model, usual = small_model("test_resnet"), small_model("test_resnet")
     model.__class__ = type("NeedsValues", (model.__class__,), {"forward": forward_with_values})
     assert paths_of(model) == paths_of(usual)
@@ -230,7 +272,9 @@ def test_tracing_computes_nothing():
             nonlocal largest
             output = func(*args, **(kwargs or {}))
             for tensor in output if isinstance(output, tuple | list) else [output]:
-                if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor):
+                    continue  # a fake tensor has no memory
+                if tensor.device.type != "meta":
                     largest = max(largest, tensor.numel())
             return output
 
@@ -294,16 +338,120 @@ def test_tracing_a_recurrence_takes_no_longer_for_more_steps():
     assert counts[0] == counts[1] > 0
 
 
-def test_a_users_hooks_do_not_see_the_traced_copy():
+class Adapter(nn.Module):
+    """A forward hook that is a module, with parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def __call__(self, module, args, output):
+        return output + self.linear(output)
+
+
+@pytest.mark.parametrize("how", ["a lambda", "a module"])
+def test_parameters_that_act_through_a_users_hooks_belong_to_their_path(how):
     model = small_model("test_vit")
-    seen = []
-    model.blocks[1].attn.register_forward_hook(lambda *_: seen.append("forward"))
-    model.register_forward_pre_hook(lambda *_: seen.append("pre"))
-    model.blocks[1].register_full_backward_hook(lambda *_: seen.append("backward"))
-    assert trace_paths(model).paths
-    assert seen == []
-    model(batch("test_vit")[0]).sum().backward()
-    assert set(seen) == {"forward", "pre", "backward"}
+    for block in model.blocks:
+        block.adapter = Adapter()
+        adapt = block.adapter
+        if how == "a lambda":
+            adapt = lambda module, args, output, adapter=block.adapter: (
+                output + adapter.linear(output)
+            )
+        block.mlp.register_forward_hook(adapt)
+    paths = {p.name: p.parameters for p in trace_paths(model).paths}
+    for i in range(1, 6):
+        block = f"blocks.{i}"
+        expected = names_in(model, f"{block}.norm2", f"{block}.mlp", f"{block}.adapter")
+        assert set(paths[f"{block}.drop_path2"]) == set(expected)
+
+
+def test_a_users_hook_may_convert_the_input():
+    model = small_model("test_vit")
+    model.register_forward_pre_hook(lambda _, args: (args[0].permute(0, 3, 1, 2) / 255,))
+    assert paths_of(model, torch.zeros(2, 32, 32, 3)) == PATHS_OF_TEST_VIT
+
+
+def test_backward_hooks_do_not_join_what_is_apart():
+    model = small_model("test_vit")
+    for module in model.modules():
+        module.register_full_backward_hook(lambda *_: pytest.fail("called without a backward"))
+    assert paths_of(model) == PATHS_OF_TEST_VIT
+
+
+def own_forward(attention):
+    def forward(x, *args, **kwargs):
+        b, n, c = x.shape
+        qkv = attention.qkv(x).reshape(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        attention.map = (q @ k.transpose(-2, -1) * attention.scale).softmax(dim=-1)
+        return attention.proj((attention.map @ v).transpose(1, 2).reshape(b, n, c))
+
+    return forward
+
+
+def wrapped_forward(module):
+    original = module.forward
+    return lambda *args, **kwargs: original(*args, **kwargs)
+
+
+def test_forwards_that_were_replaced_by_closures_are_followed():
+    model = small_model("test_vit")
+    for block in model.blocks:
+        block.attn.forward = own_forward(block.attn)
+        block.mlp.forward = wrapped_forward(block.mlp)
+    model.forward = wrapped_forward(model)
+    assert paths_of(model) == PATHS_OF_TEST_VIT
+    assert not any(hasattr(block.attn, "map") for block in model.blocks)
+
+
+@pytest.mark.parametrize("wrapped", ["layer4.0", "layer4.0.bn1", ""])
+def test_a_wrapped_forward_of_a_model_with_batch_norm_moves_no_statistics(wrapped):
+    model, plain = small_model("test_resnet"), small_model("test_resnet")
+    module = model.get_submodule(wrapped)
+    module.forward = wrapped_forward(module)
+    before = buffers_of(model)
+    assert paths_of(model) == paths_of(plain)
+    assert same_bits(before, buffers_of(model))
+
+
+def test_a_drop_path_whose_forward_was_replaced_is_refused():
+    model = small_model("test_vit")
+    model.blocks[2].drop_path1.forward = wrapped_forward(model.blocks[2].drop_path1)
+    with pytest.raises(ValueError, match=r"^blocks\.2\.drop_path1 has a forward of its own"):
+        ResidualDropPath(model)
+
+
+def test_fast_norm_does_not_keep_a_model_from_being_traced(monkeypatch):
+    monkeypatch.setattr(timm.layers.fast_norm, "_USE_FAST_NORM", True)
+    model = small_model("test_vit")
+    assert timm.layers.is_fast_norm()
+    assert paths_of(model) == PATHS_OF_TEST_VIT
+
+
+@pytest.mark.parametrize("needs_values", [False, True], ids=["fake", "real"])
+def test_nothing_of_the_graph_outlives_tracing(needs_values):
+    def nodes_and_fakes():
+        return sum(
+            isinstance(o, FakeTensor) or type(o).__name__.endswith("Backward0")
+            for o in gc.get_objects()
+            if type(o).__module__ in ("torch.autograd.graph", FakeTensor.__module__, "builtins")
+        )
+
+    model = small_model("test_vit")
+    if needs_values:
+        model.__class__ = type("NeedsValues", (model.__class__,), {"forward": forward_with_values})
+    trace_paths(model)  # torch imports and caches at the first time
+    gc.collect()
+    gc.disable()  # a cycle of references would have to wait for it
+    try:
+        before = nodes_and_fakes()
+        graph = trace_paths(model)
+        assert nodes_and_fakes() == before
+    finally:
+        gc.enable()
+    assert graph.paths
 
 
 def test_hooks_that_compute_weights_are_followed():
@@ -346,6 +494,15 @@ def test_gradient_checkpointing_does_not_hide_the_graph():
     model.set_grad_checkpointing(True)
     assert paths_of(model) == PATHS_OF_TEST_VIT
     assert model.grad_checkpointing
+
+
+def test_timms_reentrant_checkpointing_is_refused(monkeypatch):
+    monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", True)
+    model = small_model("test_vit")
+    model.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match=r"timm\.layers\.set_reentrant_ckpt\(False\)") as error:
+        ResidualDropPath(model)
+    assert "\n" not in str(error.value)
 
 
 def test_a_graph_hidden_by_reentrant_checkpointing_is_an_error():
@@ -438,6 +595,25 @@ def test_example_input_is_a_tuple_or_dict_that_the_forward_takes(example_input):
     assert [p.name for p in rdp.paths] == [
         f"inner.{n}" for n in ("inner", "outer", "left", "right")
     ]
+
+
+class TwoStreams(nn.Module):
+    """The DropPath of the text's stream is not around a residual, that of the image's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text, self.head = (nn.Linear(4, 4) for _ in range(3))
+        self.around, self.alone = DropPath(0.5), DropPath(0.5)
+
+    def forward(self, image, text):
+        image = image + self.around(self.image(image))
+        return self.head(image + self.alone(self.text(text)))
+
+
+def test_a_path_that_alone_feeds_one_of_two_inputs_is_not_residual():
+    rdp = ResidualDropPath(TwoStreams(), example_input=(torch.ones(2, 4), torch.ones(2, 4)))
+    assert [p.name for p in rdp.paths] == ["around"]
+    assert [p.name for p in rdp.non_residual] == ["alone"]
 
 
 def test_example_input_overrides_the_models_default_size():

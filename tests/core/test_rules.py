@@ -1,5 +1,7 @@
 """What a droppath iteration leaves alone, and the flags that every iteration gives back."""
 
+import contextlib
+
 import pytest
 import torch
 from core_helpers import (
@@ -14,6 +16,7 @@ from core_helpers import (
 )
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 from timm_rdp import ResidualDropPath
 
@@ -76,6 +79,32 @@ def test_dropped_parameters_state_and_batch_norm_statistics_keep_every_bit(name,
             assert parameters == before[0].keys() - dropped_part
             assert state == before[0].keys() - dropped_part
             assert buffers == before[2].keys() - at_rest
+            dropped_buffers += len(at_rest)
+    assert dropped_buffers > 0
+
+
+@pytest.mark.parametrize(
+    "normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_dropped_spectral_norms_rest(normalise):
+    model = small_model("test_vit")
+    for name, module in list(model.named_modules()):
+        if name.startswith("blocks.") and isinstance(module, nn.Linear):
+            normalise(module)
+    rdp = ResidualDropPath(model)
+    assert all(path.entrances for path in rdp.paths)
+    optimizer = sgd(model)
+    dropped_buffers = 0
+    for _ in range(4):
+        for it in rdp.cycle():
+            before = buffers_of(model)
+            with it:
+                update(model, optimizer, "test_vit")
+            branch = lambda path: path.replace("drop_path1", "attn.").replace("drop_path2", "mlp.")
+            at_rest = {name for name in before if name.startswith(tuple(map(branch, it.dropped)))}
+            if it.phase == "complement":
+                at_rest = set()
+            assert changed(before, buffers_of(model)) == before.keys() - at_rest
             dropped_buffers += len(at_rest)
     assert dropped_buffers > 0
 
@@ -360,6 +389,34 @@ def test_train_called_within_an_iteration_does_not_wake_what_is_dropped():
     at_rest = buffers_beside(rdp.dropped_part(it.dropped), before)
     assert at_rest
     assert changed(before, buffers_of(model)) == before.keys() - at_rest
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_model_in_part_in_eval_mode_keeps_its_modes(interrupted):
+    model = small_model("test_resnet").eval()
+    for name, module in model.named_modules():
+        if name.startswith(("layer3", "layer4")) or isinstance(module, DropPath):
+            module.training = True
+    modes = modes_of(model)
+    rdp = ResidualDropPath(model)
+    optimizer = sgd(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        for it in rdp.cycle():
+            norms = [m for m in model.layer4.modules() if isinstance(m, nn.BatchNorm2d)]
+            hooks = [m.register_forward_pre_hook(interrupt) for m in norms if interrupted]
+            with contextlib.suppress(KeyboardInterrupt), it:
+                update(model, optimizer, "test_resnet")
+                assert modes_of(model) == modes
+            for hook in hooks:
+                hook.remove()
+            assert modes_of(model) == modes
+            if interrupted:
+                with rdp.iteration():
+                    update(model, optimizer, "test_resnet")
 
 
 def test_eval_called_within_an_iteration_stays():

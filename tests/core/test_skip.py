@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.skip import Hook, pass_on_one_sample
+from timm_rdp.core.drop_path import Hook, MaskedDropPath
 from timm_rdp.core.trace import trace_paths
 
 # Blocks of different makes; with `-m slow` all families.
@@ -233,7 +233,9 @@ def skip_hooks(model):
         hook
         for module in model.modules()
         for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, Hook) and getattr(hook.function, "func", None) is pass_on_one_sample
+        if isinstance(hook, Hook)
+        and getattr(getattr(hook.function, "func", None), "__func__", None)
+        is MaskedDropPath.pass_on_one_sample
     ]
 
 

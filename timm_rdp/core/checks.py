@@ -47,13 +47,18 @@ def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
         )
     modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
     for name, module in modules.items():
-        if isinstance(module, MaskedDropPath):
-            if module._owner is not None and module._owner() is not None:
-                raise ValueError(
-                    "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
-                    "that first"
-                )
-        elif type(module) is not DropPath:
+        owner = module._owner if isinstance(module, MaskedDropPath) else None
+        if owner is not None and owner() is not None:
+            raise ValueError(
+                "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
+                "that first"
+            )
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name} has a forward of its own put in place of its class's, which the patch "
+                "could not reach: take that back, and wrap the module around it instead"
+            )
+        if type(module) not in (DropPath, MaskedDropPath):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, not timm's own DropPath, and cannot be "
                 "patched: use timm.layers.DropPath there"

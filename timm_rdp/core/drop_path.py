@@ -1,4 +1,9 @@
-"""timm's DropPath, patched so that it exposes its masks and obeys decisions made elsewhere."""
+"""timm's DropPath, patched so that it exposes its masks and obeys decisions made elsewhere.
+
+A dropped path contributes zeros whatever it computes, so the modules at its entrance can be handed
+one sample instead of the batch: everything behind them costs next to nothing, and the DropPath
+returns full-size zeros. A path whose samples are dropped one by one is handed those that it keeps.
+"""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from torch import Tensor
-
-from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
+from torch import Tensor, nn
 
 # What one call of a DropPath is told to do within an iteration: None leaves it timm's own
 # per-sample behaviour, 0.0 drops the path for the whole batch, any other number keeps it and
@@ -16,7 +19,24 @@ from timm_rdp.core.skip import SkippingDropPath, scatter_kept, zeros_for_batch
 Decision = float | None
 
 
-class MaskedDropPath(SkippingDropPath):
+class Hook:
+    """A forward hook that calls `function`, and does nothing in a copy of the model.
+
+    Args:
+        function: takes the hook's arguments; None for a hook that does nothing.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __reduce__(self) -> tuple:
+        return (Hook, ())
+
+
+class MaskedDropPath(DropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
     _decisions: tuple[Decision, ...] | None = None
@@ -24,8 +44,13 @@ class MaskedDropPath(SkippingDropPath):
     _calls: int = 1  # calls per forward
     _call: int = 0  # calls since the forward began
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
-    _record: Sequence[Any] = ()  # per call, see _as_mask
+    _record: Sequence[Any] = ()  # per call a mask, or the shape, value and device of one
     _owner: Callable[[], object] | None = None  # weak reference to the controller
+    # What the entrances of its paths passed on, by call. Of a dropped one, the batch size and the
+    # memory format of the zeros that it returns; of others the mask (B,), the indices of the kept
+    # samples (None: all), and the entrances that have passed them on.
+    _batch: dict[int, tuple[int, torch.memory_format]]
+    _kept: dict[int, tuple[Tensor, Tensor | None, set[nn.Module]]]
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -33,7 +58,11 @@ class MaskedDropPath(SkippingDropPath):
 
         Shape () for a whole-batch decision, (B,) for timm's per-sample one.
         """
-        return tuple(_as_mask(entry) for entry in self._record)
+        # Kept as cheap as it came and made a bool tensor only when somebody looks.
+        return tuple(
+            e.flatten() != 0 if isinstance(e, Tensor) else torch.full(e[0], e[1], device=e[2])
+            for e in self._record
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop, scale or pass on x of shape (B, ...), as this call was told to."""
@@ -44,12 +73,15 @@ class MaskedDropPath(SkippingDropPath):
         call, first_forward = self._next_call()
         decision = None if self._decisions is None else self._decisions[call]
         if decision is not None:
-            entry = (decision != 0.0, x.device)
-            x = self._obey(x, decision, call)
+            entry = ((), decision != 0.0, x.device)
+            if decision == 0.0:
+                x = self._zeros(x, call)
+            elif decision != 1.0:
+                x = x / decision
         elif call in self._kept:
             entry, index, _ = self._kept.pop(call)
             scaled = self.scale_by_keep and self.drop_prob < 1.0
-            x = scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
+            x = _scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
         else:
             x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
         if first_forward:
@@ -90,21 +122,51 @@ class MaskedDropPath(SkippingDropPath):
         self._recompute = (backward, seen + 1)
         return seen % self._calls, False
 
-    def _obey(self, x: Tensor, decision: float, call: int) -> Tensor:
-        if decision != 0.0:
-            return x if decision == 1.0 else x / decision
-        # Full-size, because many blocks add the shortcut to it in place.
-        if call in self._batch:
-            return zeros_for_batch(x, *self._batch[call])
-        return torch.zeros_like(x)
+    def _zeros(self, x: Tensor, call: int) -> Tensor:
+        """What a dropped path contributes; full-size, because many blocks add to it in place."""
+        if call not in self._batch:
+            return torch.zeros_like(x)
+        batch, layout = self._batch[call]
+        layout = layout if x.ndim == 4 else torch.contiguous_format
+        shape = (batch, *x.shape[1:])
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+
+    def pass_on_one_sample(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook at the entrance of a dropped path, which is this call."""
+        if not self.training or not args:
+            return None
+        x = args[0]
+        # The zeros join the shortcut, so they are laid out like what enters the path.
+        self._batch[call] = (len(x), _memory_format_of(x))
+        return (x[:1].detach(), *args[1:])
+
+    def pass_on_kept_samples(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook at the entrance of a path: samples timm's mask, passes on the kept."""
+        if not self.training or self.drop_prob == 0.0 or not args:
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        x = args[0]
+        sampled = self._kept.get(call)
+        if sampled is None or module in sampled[2]:  # the first entrance of this forward
+            mask = x.new_empty(x.shape[0]).bernoulli_(1 - self.drop_prob)
+            index = mask.nonzero().squeeze(1)
+            if not len(index):
+                index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
+            elif len(index) == len(mask):
+                index = None
+            sampled = self._kept[call] = (mask, index, set())
+        _, index, passed = sampled
+        passed.add(module)
+        if index is None:
+            return None
+        return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
 
     def _note(self, call: int, entry: Any) -> None:
         self._record = [entry] if call == 0 else [*self._record, entry]
 
     def decide(
-        self,
-        decisions: Sequence[Decision] | None,
-        weights: Sequence[Tensor | None] | None = None,
+        self, decisions: Sequence[Decision] | None, weights: Sequence[Tensor | None] | None = None
     ) -> None:
         """Set what each call of the coming forwards does; None is timm's behaviour for all.
 
@@ -119,7 +181,7 @@ class MaskedDropPath(SkippingDropPath):
         )
         if decisions is not None and weights is not None:
             told = zip(decisions, weights, strict=True)
-            self._record = [(d != 0.0, w.device) for d, w in told if w is not None]
+            self._record = [((), d != 0.0, w.device) for d, w in told if w is not None]
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
@@ -127,7 +189,7 @@ class MaskedDropPath(SkippingDropPath):
         return {**state, "_calls": self._calls, "_batch": {}, "_kept": {}}
 
 
-_ADDED = {*SkippingDropPath.__annotations__, *MaskedDropPath.__annotations__}
+_ADDED = set(MaskedDropPath.__annotations__)
 
 
 @torch.compiler.disable()
@@ -141,7 +203,7 @@ def _refuse_unknown_compile() -> None:
 def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, Any]:
     """timm's stochastic depth with the same use of the random state, and what it sampled."""
     if drop_prob == 0.0:
-        return x, (x.shape[0], x.device)
+        return x, (x.shape[:1], True, x.device)
     keep_prob = 1 - drop_prob
     mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
     if keep_prob > 0.0 and scale_by_keep:
@@ -149,14 +211,22 @@ def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tenso
     return x * mask, mask
 
 
-def _as_mask(entry: Any) -> Tensor:
-    # Kept as cheap as it came and made a bool tensor only when somebody looks.
-    if isinstance(entry, Tensor):
-        return entry.flatten() != 0
-    value, device = entry
-    if isinstance(value, bool):
-        return torch.tensor(value, device=device)
-    return torch.ones(value, dtype=torch.bool, device=device)
+def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -> Tensor:
+    """A path's output y (K, ...) of K kept samples, scaled, among zeros for the others.
+
+    Args:
+        y: shape (K, ...).
+        mask: shape (B,), nonzero where a sample is kept.
+        index: shape (K,), the kept samples; None where all are.
+        scale: what timm multiplies the kept ones by.
+    """
+    kept = mask if index is None else mask.index_select(0, index)
+    y = y * kept.to(y.dtype).mul(scale).view(-1, *(1,) * (y.ndim - 1))
+    if index is None:
+        return y
+    return _in_memory_order(
+        y, lambda y: y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, index, y)
+    )
 
 
 def patch(
@@ -180,3 +250,18 @@ def unpatch(modules: Mapping[str, MaskedDropPath]) -> None:
         setattr(module, "__class__", DropPath)  # noqa: B010
         for name in _ADDED:
             vars(module).pop(name, None)
+
+
+def _memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last where x is (B, C, H, W) with its channels innermost, and not contiguous too."""
+    channels_last = torch.channels_last
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def _in_memory_order(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), where function works along the batch and would lose a channels-last layout."""
+    if _memory_format_of(x) == torch.channels_last:
+        return function(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return function(x)

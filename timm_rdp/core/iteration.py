@@ -1,6 +1,7 @@
 """One iteration of the method: what it drops and what it trains."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from timm_rdp.core.paths import Path
 
@@ -8,6 +9,7 @@ DROPPATH = "droppath"
 COMPLEMENT = "complement"
 
 
+@dataclass(eq=False, repr=False)
 class Iteration:
     """One training iteration, to be entered with `with`; made by ResidualDropPath.
 
@@ -21,30 +23,20 @@ class Iteration:
         trainable: names of the parameters that this iteration trains.
     """
 
-    def __init__(
-        self,
-        enter: Callable[["Iteration"], None],
-        leave: Callable[[bool], None],
-        phase: str,
-        cycle: int,
-        dropped: frozenset[str],
-        trainable: frozenset[str],
-    ):
-        self._enter = enter
-        self._leave = leave
-        self.phase = phase
-        self.cycle = cycle
-        self.dropped = dropped
-        self.trainable = trainable
-        self._entered_by_user = False  # by `with`, not by the hooks of attach()
+    phase: str
+    cycle: int
+    dropped: frozenset[str]
+    trainable: frozenset[str]
+    _controller: Any
+    _entered_by_user: bool = field(default=False, init=False)  # not by the hooks of attach()
 
     def __enter__(self) -> "Iteration":
+        self._controller._enter(self)
         self._entered_by_user = True
-        self._enter(self)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self._leave(error is None)
+        self._controller._leave(completed=error is None)
 
     def __repr__(self) -> str:
         return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"

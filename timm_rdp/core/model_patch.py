@@ -1,5 +1,6 @@
 """Puts a model into the state that an iteration needs, and back."""
 
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
-from timm_rdp.core.drop_path import Decision, patch, unpatch
+from timm_rdp.core.drop_path import Decision, Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import Hook, SkippingDropPath, keep_in_eval, pass_on_one_sample
 
 
 class ModelPatch:
@@ -45,7 +45,7 @@ class ModelPatch:
         self._trainable: frozenset[str] | None = None
         # What turn_off() sets back.
         self._frozen: list[nn.Parameter] = []
-        self._kept_in_eval: list[nn.Module] = []
+        self._resting: list[nn.Module] = []
         self._saved_buffers: list[tuple[Tensor, Tensor]] = []
         self._iteration_hooks: list[Any] = []
         self._called_otherwise: str | None = None  # see not_as_traced()
@@ -77,6 +77,17 @@ class ModelPatch:
 
             self._hooks.append(parameter.register_post_accumulate_grad_hook(after_gradient))
             parameter.requires_grad_(flag)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is of the model inside the wrappers, and no iteration of this one is its own.
+        empty = {"_hooks": [], "_iteration_hooks": [], "_saved_buffers": [], "_resting": []}
+        return {**vars(self), "compiled": False, "_reducer": None, "_trainable": None, **empty}
+
+    def own(self, owner: object) -> None:
+        """Have the DropPaths of a copied model know their controller, and no iteration be open."""
+        self.turn_off()
+        for module in self._drop_paths.values():
+            module._owner = weakref.ref(owner)
 
     def turn_on(
         self,
@@ -114,13 +125,13 @@ class ModelPatch:
         """Set everything back, whatever happened since `turn_on`."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        for module in self._kept_in_eval:
-            module.training = self._model.training  # whatever mode the model is in by now
+        for module in self._resting:  # an interrupt may have ended its forward
+            module.training = True
         for buffer, value in self._saved_buffers:
             buffer.copy_(value)
         for hook in self._iteration_hooks:
             hook.remove()
-        self._frozen, self._kept_in_eval = [], []
+        self._frozen, self._resting = [], []
         self._saved_buffers, self._iteration_hooks = [], []
         self._trainable = None
         for module in self._drop_paths.values():
@@ -146,8 +157,9 @@ class ModelPatch:
             self._reducer.remove()
         unpatch(self._drop_paths)
 
-    def _hook_forward(self, module: nn.Module, function: Any) -> None:
-        self._iteration_hooks.append(module.register_forward_pre_hook(Hook(function)))
+    def _hook_forward(self, module: nn.Module, function: Any, prepend: bool = False) -> None:
+        hook = module.register_forward_pre_hook(Hook(function), prepend=prepend)
+        self._iteration_hooks.append(hook)
 
     def _decide(self, decisions: Mapping[tuple[DropPath, int], float]) -> None:
         weights: dict[tuple[DropPath, int], Tensor] | None = None
@@ -167,8 +179,8 @@ class ModelPatch:
         """Hand one sample to what is dropped, where that can be done."""
         for name in dropped:
             path = self._paths[name]
-            assert isinstance(path.module, SkippingDropPath)
-            hook = partial(pass_on_one_sample, path.module, path.call)
+            assert isinstance(path.module, MaskedDropPath)
+            hook = partial(path.module.pass_on_one_sample, path.call)
             for entrance in path.entrances:
                 self._hook_forward(self._modules[entrance], hook)
 
@@ -176,13 +188,24 @@ class ModelPatch:
         """Leave the buffers of what is dropped (BatchNorm statistics) as they are."""
         for name in self._graph.dropped_buffers(dropped):
             module = self._modules[name]
-            if not module.training:
-                continue
             if self.compiled:
-                self._saved_buffers += [(b, b.clone()) for b in module.buffers(recurse=False)]
-            else:
-                self._kept_in_eval.append(module)
-                self._hook_forward(module, keep_in_eval)
+                if module.training:
+                    self._saved_buffers += [(b, b.clone()) for b in module.buffers(recurse=False)]
+                continue
+            # Before the user's hooks, some of which move buffers themselves (spectral_norm).
+            self._hook_forward(module, self._rest, prepend=True)
+            awake = module.register_forward_hook(Hook(self._wake), always_call=True)
+            self._iteration_hooks.append(awake)
+
+    def _rest(self, module: nn.Module, _: Any) -> None:
+        if module.training:
+            module.training = False
+            self._resting.append(module)
+
+    def _wake(self, module: nn.Module, *_: Any) -> None:
+        if module in self._resting:
+            module.training = True
+            self._resting.remove(module)
 
     def _begin_forward(self, *_: object) -> None:
         for module in self._drop_paths.values():

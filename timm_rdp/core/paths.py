@@ -21,7 +21,8 @@ class Path:
         parameters: names of the parameters that no longer reach the output without this path.
         module: the DropPath.
         call: which call of the module within one forward, from 0.
-        residual: whether the output stays connected to the input without this path.
+        residual: whether the output stays connected to each input that it depends on without this
+            path.
         entrances: names of the modules that are handed one sample where the path is dropped; empty
             where a dropped path has to be computed and cut.
     """
@@ -39,24 +40,22 @@ class Path:
         return float(self.module.drop_prob)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Owner:
     """A module that owns parameters or buffers, as the traced forward called it."""
 
     name: str
     buffered: bool
-    calls: int = 0
-    inputs: list = field(default_factory=list)  # graph nodes
-    outputs: list = field(default_factory=list)
-    behind_input: int = 0  # bits, see PathGraph
+    calls: int
+    behind_input: int  # bits, see PathGraph
 
 
 class PathGraph:
     """A model's autograd graph, condensed to one set of bits per path.
 
     Bit i < P stands for path i; then come the parameters, the modules that own parameters or
-    buffers, and the input. `reached[i]` has the bits of everything that the backward pass meets
-    behind path i before it meets another path; `reached[-1]` is the same for the output.
+    buffers, and the input's tensors. `reached[i]` has the bits of everything that the backward pass
+    meets behind path i before it meets another path; `reached[-1]` is the same for the output.
 
     Args:
         model: the model that the modules and names of the paths belong to.
@@ -80,8 +79,9 @@ class PathGraph:
         self._parameters = parameters
         self._owners = owners
         self._everything = self._live(0)
-        input_bit = 1 << (self._count + len(parameters) + len(owners))
-        self.depends_on_input = bool(self._everything & input_bit)
+        inputs_from = self._count + len(parameters) + len(owners)
+        inputs = self._everything >> inputs_from
+        self.depends_on_input = bool(inputs)
         self.calls_per_forward = Counter(called)
 
         modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
@@ -94,7 +94,7 @@ class PathGraph:
                     parameters=tuple(_select(parameters, self._cut(1 << i))),
                     module=modules[name],
                     call=call,
-                    residual=bool(self._live(1 << i) & input_bit),
+                    residual=self._live(1 << i) >> inputs_from == inputs,
                 )
             )
         self.paths: tuple[Path, ...] = tuple(paths)

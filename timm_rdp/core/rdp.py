@@ -10,19 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_rdp.core.checks import (
-    check_droppable,
-    check_state,
-    find_drop_paths,
-    unwrap,
-    whole_number,
-)
+from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
+from timm_rdp.core.drop_path import Hook
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.paths import Path
-from timm_rdp.core.skip import Hook
 from timm_rdp.core.trace import trace_paths
 
 __all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
@@ -86,6 +80,16 @@ class ResidualDropPath:
             self._patch.follow_compile()
         if model is not self.model:
             self.follow(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy controls the copied model, in no wrapper and attached to no optimizer.
+        own = {"_active": None, "_optimizer": None, "_hooks": [], "_outermost": self.model}
+        return {**vars(self), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self._detached:
+            self._patch.own(self)
 
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
         """Take account of a wrapper put around the model after it was patched; returns self.
@@ -152,7 +156,7 @@ class ResidualDropPath:
             for name, parameter in self._parameters.items()
             if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
         )
-        return Iteration(self._enter, self._leave, self._phase, self._cycle, dropped, trainable)
+        return Iteration(self._phase, self._cycle, dropped, trainable, self)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.

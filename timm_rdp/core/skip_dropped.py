@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from timm_rdp.core.checks import find_drop_paths, why_none_is_called
-from timm_rdp.core.drop_path import patch, unpatch
+from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import Hook, SkippingDropPath, pass_on_kept_samples
 from timm_rdp.core.trace import trace_paths
 
 _logger = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ class SkipDropped:
             if reason := _why_not(graph, path.name, path.entrances, modules):
                 self.computed[path.name] = reason
                 continue
-            assert isinstance(path.module, SkippingDropPath)
-            hook = Hook(partial(pass_on_kept_samples, path.module, path.call))
+            assert isinstance(path.module, MaskedDropPath)
+            hook = Hook(partial(path.module.pass_on_kept_samples, path.call))
             self._hooks += [modules[n].register_forward_pre_hook(hook) for n in path.entrances]
         self.skipped = tuple(p.name for p in graph.paths if p.name not in self.computed)
 

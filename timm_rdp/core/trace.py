@@ -1,9 +1,10 @@
-"""One forward of a copy of the model, from whose autograd graph its paths are read."""
+"""One forward of a model without arithmetic, from whose autograd graph its paths are read."""
 
-import copy
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 from timm.layers.drop import DropPath
 from timm.models import get_model_input_config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from timm_rdp.core.paths import Owner, PathGraph
+from timm_rdp.core.stand_ins import device_of, on_stand_ins
 from timm_rdp.core.trials import find_skippable
 
 
 def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
-    """Run one forward of a copy of the model and read its paths off the autograd graph.
+    """Run one forward of the model on stand-ins and read its paths off the autograd graph.
 
-    The copy lives on torch's meta device, where a forward takes no memory and no arithmetic; a
-    model that cannot run there is copied to the CPU and run for real. The model itself, its memory
-    and every random state stay untouched.
+    The stand-ins are fake tensors, with which a forward takes no memory and no arithmetic; a model
+    that needs values is run for real on copies of its tensors. It is the model itself that runs, so
+    that closures, caches and the user's hooks do what they do in training. Afterwards it is what it
+    was, and so is every random state.
 
     Args:
         model: any model with timm DropPath modules.
@@ -35,145 +39,96 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
     inputs = [example_input] if example_input is not None else list(_example_inputs(model))
     on_meta = any(p.is_meta for p in model.parameters())  # and so without values to copy
     failures: list[str] = []
-    for device in ("meta",) if on_meta else ("meta", "cpu"):
+    for fake in (True,) if on_meta else (True, False):
         failures.clear()
         for candidate in inputs:
             try:
-                return _trace_on(torch.device(device), model, candidate)
-            except _HiddenGraphError as e:
-                raise ValueError(str(e)) from None
-            except Exception as e:  # whatever a model may raise on a device or size it cannot take
+                return _trace(model, candidate, fake)
+            except _HiddenGraphError:
+                raise
+            except Exception as e:  # whatever a model may raise on an input that it cannot take
                 failures.append(f"{type(e).__name__}: {e}".splitlines()[0])
     given = "example_input" if example_input is not None else "an image of its default size"
     raise ValueError(
         f"{type(model).__name__} cannot be traced with {given} ({failures[0]}); "
         "pass example_input, the input that its forward takes"
-    ) from None
+    )
 
 
-class _HiddenGraphError(Exception):
+class _HiddenGraphError(ValueError):
     pass
 
 
-class _TracedDropPath(DropPath):
-    """Passes its input on through a graph node of its own, and notes it."""
+@dataclass
+class _Seen:
+    """A module that owns something, and the graph nodes of its inputs and outputs.
 
-    _noted: list[tuple[DropPath, Any, tuple[int, ...]]]  # module, node, and shape, in call order
+    An input that is a parameter (of a parametrization) has no node, and is there as its id.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x * 1.0
-        self._noted.append((self, y.grad_fn, tuple(x.shape)))
-        return y
+    name: str
+    buffered: bool
+    calls: int = 0
+    inputs: list = field(default_factory=list)
+    outputs: list = field(default_factory=list)
 
 
-def _trace_on(device: torch.device, model: nn.Module, example_input: Any) -> PathGraph:
-    traced = _copy_to(device, model)
-    calls = _prepare(traced, device)
-    owners, hooks = _watch_owners(traced)
-    floats = (p.dtype for p in traced.parameters() if p.is_floating_point())
-    dtype = next(floats, torch.float32)
+def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
+    parameters = dict(model.named_parameters())
+    device = device_of(model)
+    dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
     leaves: list[Tensor] = []
 
     def run() -> Any:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.autocast(device_type="cpu", enabled=False),
-            torch.enable_grad(),
-            torch.device(device),
-        ):
-            args, kwargs = _arguments(traced, _to_leaves(example_input, device, dtype, leaves))
-            return traced(*args, **kwargs)
+        to_leaf = partial(_to_leaf, device=device, dtype=dtype, leaves=leaves)
+        args, kwargs = _arguments(model, tree_map(to_leaf, example_input))
+        return model(*args, **kwargs)
 
-    output = run()
-    for hook in hooks:
-        hook.remove()
-    graph = _condense(model, traced, output, calls, owners, leaves)
-    if not graph.depends_on_input:
-        raise _HiddenGraphError(
-            f"the output of {type(model).__name__} does not depend on a floating-point input: "
-            "pass an example_input that it is differentiable in"
-        )
-    entrances = find_skippable(graph, traced, run, [(module, shape) for module, _, shape in calls])
+    with (
+        on_stand_ins(model, fake),
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast(device.type, enabled=False),
+        torch.enable_grad(),
+    ):
+        _prepare(model)
+        calls, owners, hooks = _watch(model)
+        output = run()
+        for hook in hooks:
+            hook.remove()
+        graph = _condense(model, parameters, output, calls, owners, leaves)
+        del output  # the largest part of what a real forward holds
+        if not graph.depends_on_input:
+            raise _HiddenGraphError(
+                f"the output of {type(model).__name__} does not depend on a floating-point input: "
+                "pass an example_input that it is differentiable in"
+            )
+        entrances = find_skippable(graph, model, run, [shape for _, _, shape in calls])
     graph.paths = tuple(replace(p, entrances=entrances.get(p.name, ())) for p in graph.paths)
     return graph
 
 
-def _prepare(
-    traced: nn.Module, device: torch.device
-) -> list[tuple[DropPath, Any, tuple[int, ...]]]:
-    """Make the copy of a model ready to be traced; the list that its DropPaths write to."""
-    traced.train()
-    getattr(traced, "set_grad_checkpointing", lambda enable: None)(False)
-    calls: list[tuple[DropPath, Any, tuple[int, ...]]] = []
-    for module in traced.modules():
-        _drop_hooks(module)
-        if isinstance(module, DropPath):
-            module.__class__ = _TracedDropPath
-            vars(module)["_noted"] = calls
-        elif isinstance(module, nn.SyncBatchNorm):
-            module.training = False  # in train mode it runs on a GPU only, and between processes
-        elif isinstance(module, nn.RNNBase) and device.type == "meta":
-            module.forward = partial(_one_step, module, module.forward)
-    for parameter in traced.parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(True)
-    return calls
-
-
-def _condense(
-    model: nn.Module,
-    traced: nn.Module,
-    output: Any,
-    calls: list[tuple[DropPath, Any, tuple[int, ...]]],
-    owners: list[Owner],
-    leaves: list[Tensor],
-) -> PathGraph:
-    parameters = dict(traced.named_parameters())
-    # The bits of PathGraph: of a leaf by its tensor, of a module by the node of its output.
-    bits: dict[Any, int] = {}
-    for i, parameter in enumerate(parameters.values(), start=len(calls)):
-        bits[id(parameter)] = 1 << i
-    for i, owner in enumerate(owners, start=len(calls) + len(parameters)):
-        for node in owner.outputs:
-            bits[node] = bits.get(node, 0) | 1 << i
-    bits.update({id(leaf): 1 << (len(calls) + len(parameters) + len(owners)) for leaf in leaves})
-    path_of = {node: i for i, (_, node, _) in enumerate(calls) if node is not None}
-    roots = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
-    reached, behind = _reach(roots, path_of, len(calls), bits)
-    for owner in owners:
-        for node in owner.inputs:
-            owner.behind_input |= behind.get(node, 0)
-    names = {module: name for name, module in traced.named_modules()}
-    called = [names[module] for module, _, _ in calls]
-    return PathGraph(model, called, list(parameters), owners, reached)
-
-
-def _watch_owners(model: nn.Module) -> tuple[list[Owner], list]:
-    """Note the graph nodes of the inputs and outputs of the modules that own something."""
-    owners, hooks = [], []
-    for name, module in model.named_modules():
-        buffered = bool([*module.buffers(recurse=False)])
-        if not buffered and not [*module.parameters(recurse=False)]:
-            continue
-        owner = Owner(name, buffered)
-
-        def before(_: nn.Module, args: tuple, kwargs: dict, owner: Owner = owner) -> None:
-            owner.calls += 1
-            owner.inputs += [t.grad_fn for t in _tensors((args, kwargs))]
-
-        def after(_: nn.Module, __: tuple, output: Any, owner: Owner = owner) -> None:
-            owner.outputs += [t.grad_fn for t in _tensors(output)]
-
-        owners.append(owner)
-        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(module.register_forward_hook(after))
-    return owners, hooks
+def _prepare(model: nn.Module) -> None:
+    """Make the model ready to be traced: in train mode, eager and by itself."""
+    model.train()
+    for module in model.modules():
+        # What wraps the inputs of backward hooks would join graphs that have nothing in common.
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+                    del hooks[key]  # it would communicate
+        vars(module)["_compiled_call_impl"] = None
+        if isinstance(module, nn.SyncBatchNorm):
+            vars(module)["training"] = False  # else it runs on a GPU only, and between processes
+        elif isinstance(module, nn.RNNBase):
+            vars(module)["forward"] = partial(_one_step, module, module.forward)
 
 
 def _one_step(module: nn.RNNBase, forward: Callable[..., tuple], *args: Any, **kwargs: Any) -> Any:
     """What an LSTM or its like makes of the first step of a sequence, for every step.
 
-    On meta a step costs as much as any layer, and all steps depend on the same parameters.
+    A step without arithmetic costs as much as any layer, and all depend on the same parameters.
     """
     if not args or not isinstance(args[0], Tensor):
         return forward(*args, **kwargs)  # a PackedSequence, say
@@ -181,6 +136,65 @@ def _one_step(module: nn.RNNBase, forward: Callable[..., tuple], *args: Any, **k
     dim = 1 if module.batch_first and sequence.ndim == 3 else 0
     output, state = forward(sequence.narrow(dim, 0, 1), *more, **kwargs)
     return output.repeat_interleave(sequence.shape[dim], dim), state
+
+
+def _watch(model: nn.Module) -> tuple[list[tuple], list[_Seen], list]:
+    """What the coming forward writes to, and the hooks by which it does.
+
+    These are the DropPaths' calls, with the node and the shape of what each returned; and the
+    modules that own something.
+    """
+    calls, owners, hooks = [], [], []
+    for name, module in model.named_modules():
+        seen = _Seen(name, buffered=bool([*module.buffers(recurse=False)]))
+
+        def note(_: nn.Module, __: tuple, output: Tensor, name: str = name) -> Tensor:
+            output = output * 1.0  # a node of its own
+            calls.append((name, output.grad_fn, tuple(output.shape)))
+            return output
+
+        def before(_: nn.Module, args: tuple, kwargs: dict, seen: _Seen = seen) -> None:
+            seen.calls += 1
+            seen.inputs += [t.grad_fn or id(t) for t in _tensors((args, kwargs))]
+
+        def after(_: nn.Module, __: tuple, output: Any, seen: _Seen = seen) -> None:
+            seen.outputs += [t.grad_fn for t in _tensors(output)]
+
+        if isinstance(module, DropPath):
+            hooks.append(module.register_forward_hook(note, prepend=True))
+        elif seen.buffered or [*module.parameters(recurse=False)]:
+            owners.append(seen)
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after, prepend=True))
+    return calls, owners, hooks
+
+
+def _condense(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    output: Any,
+    calls: list[tuple],
+    seen: list[_Seen],
+    leaves: list[Tensor],
+) -> PathGraph:
+    # What a bit stands for is known by its node in the graph, or by its id if it is a leaf. Of a
+    # parameter there may be two, as a closure may have kept the one that another stands in for.
+    stand_ins = [*model.named_parameters()]
+    known: list[list] = [[id(p), id(parameters[name])] for name, p in stand_ins]
+    known += [*(owner.outputs for owner in seen), *([id(leaf)] for leaf in leaves)]
+    bits: dict[Any, int] = {}
+    for bit, keys in enumerate(known, start=len(calls)):
+        for key in keys:
+            bits[key] = bits.get(key, 0) | 1 << bit
+    path_of = {node: i for i, (_, node, _) in enumerate(calls) if node is not None}
+    roots = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+    reached, behind = _reach(roots, path_of, len(calls), bits)
+    owners = []
+    for owner in seen:
+        behind_inputs = [behind.get(node, bits.get(node, 0)) for node in owner.inputs]
+        behind_input = functools.reduce(operator.or_, behind_inputs, 0)
+        owners.append(Owner(owner.name, owner.buffered, owner.calls, behind_input))
+    return PathGraph(model, [name for name, _, _ in calls], list(parameters), owners, reached)
 
 
 def _reach(
@@ -198,8 +212,9 @@ def _reach(
         if not children_done:
             if type(node).__name__ == "CheckpointFunctionBackward":
                 raise _HiddenGraphError(
-                    "the model checkpoints with use_reentrant=True, which hides its graph: "
-                    "use torch.utils.checkpoint with use_reentrant=False"
+                    "the model checkpoints with use_reentrant=True, which hides its graph: call "
+                    "timm.layers.set_reentrant_ckpt(False), or use torch.utils.checkpoint with "
+                    "use_reentrant=False"
                 )
             stack.append((node, True))
             stack.extend((child, False) for child in children if child not in seen)
@@ -216,33 +231,6 @@ def _reach(
     for root in roots:
         reached[-1] |= seen[root]
     return reached, seen
-
-
-def _copy_to(device: torch.device, model: nn.Module) -> nn.Module:
-    if device.type != "meta":
-        return copy.deepcopy(model).to(device)
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        # Parameters and buffers are in dicts of their own; other tensors are plain attributes.
-        for tensors in (module._parameters, module._buffers, module.__dict__):
-            for value in tensors.values():
-                if isinstance(value, Tensor) and id(value) not in memo:
-                    memo[id(value)] = _meta_like(value)
-    return copy.deepcopy(model, memo)
-
-
-def _meta_like(value: Tensor) -> Tensor:
-    meta = torch.empty_like(value, device="meta", requires_grad=False)
-    return nn.Parameter(meta, requires_grad=False) if isinstance(value, nn.Parameter) else meta
-
-
-def _drop_hooks(module: nn.Module) -> None:
-    """Keep the hooks that compute weights; a user's own must not see the copy."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for hooks in (getattr(module, kind) for kind in kinds):
-        for key, hook in list(hooks.items()):
-            if not type(hook).__module__.startswith("torch.nn.utils"):
-                del hooks[key]
 
 
 def _example_inputs(model: nn.Module) -> Iterator[Tensor]:
@@ -263,22 +251,18 @@ def _example_inputs(model: nn.Module) -> Iterator[Tensor]:
         yield torch.empty((2, *shape), device="meta")
 
 
-def _to_leaves(value: Any, device: torch.device, dtype: torch.dtype, leaves: list[Tensor]) -> Any:
-    """The example on `device`, its floating-point tensors computed from new leaves."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value.to(device)
-        if value.device.type == "meta":
-            leaf = torch.zeros(value.shape, dtype=dtype, device=device, requires_grad=True)
-        else:
-            leaf = value.detach().to(device, dtype, copy=True).requires_grad_()
-        leaves.append(leaf)
-        return leaf.clone()
-    if isinstance(value, Mapping):
-        return {k: _to_leaves(v, device, dtype, leaves) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_to_leaves(v, device, dtype, leaves) for v in value)
-    return value
+def _to_leaf(value: Any, device: torch.device, dtype: torch.dtype, leaves: list[Tensor]) -> Any:
+    """A part of the example input on `device`; computed from a new leaf if it is of floats."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return value.to(device, copy=True)
+    if value.is_meta:
+        leaf = torch.zeros(value.shape, dtype=dtype, device=device)
+    else:
+        leaf = value.detach().to(device, dtype, copy=True)
+    leaves.append(leaf.requires_grad_())
+    return leaf.clone()
 
 
 def _arguments(model: nn.Module, example_input: Any) -> tuple[tuple, dict]:
@@ -293,12 +277,5 @@ def _arguments(model: nn.Module, example_input: Any) -> tuple[tuple, dict]:
     return (example_input,), {}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from _tensors(v)
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 from timm.layers.drop import DropPath
-from torch import Tensor, nn
+from torch import nn
 
+from timm_rdp.core.drop_path import MaskedDropPath, patch
 from timm_rdp.core.paths import PathGraph
-from timm_rdp.core.skip import SkippingDropPath, pass_on_one_sample, zeros_for_batch
 
 # Trial forwards for one model, at the most: a model whose paths fail one by one is left alone.
 _MAX_TRIALS = 32
@@ -20,39 +20,14 @@ class _Candidate:
     """A path that may be one that can be skipped."""
 
     name: str
-    drop_path: "_TrialDropPath"
-    call: int
-    shape: tuple[int, ...]  # of what its DropPath is handed
+    call: tuple[nn.Module, int]  # of its DropPath
+    shape: tuple[int, ...]  # of what that is handed
     entrances: tuple[str, ...]
     kind: tuple  # equal for paths in blocks of one make
 
 
-class _TrialDropPath(SkippingDropPath):
-    """Returns the zeros of a dropped path if it is handed one sample of the batch."""
-
-    _call: int
-    _dropped: dict[int, tuple[_Candidate, list[_Candidate]]]  # by call; and the paths under way
-
-    def forward(self, x: Tensor) -> Tensor:
-        call = self._call
-        self._call += 1
-        if call not in self._dropped:
-            return x
-        candidate, under_way = self._dropped[call]
-        batch, memory_format = self._batch.get(call, (0, torch.contiguous_format))
-        if candidate in under_way:
-            under_way.remove(candidate)
-        if x.shape[0] != 1 or (batch, *x.shape[1:]) != candidate.shape:
-            under_way.append(candidate)
-            raise ValueError(f"{candidate.name} was not handed one sample")
-        return zeros_for_batch(x, batch, memory_format)
-
-
 def find_skippable(
-    graph: PathGraph,
-    model: nn.Module,
-    run: Callable[[], object],
-    calls: Sequence[tuple[DropPath, tuple[int, ...]]],
+    graph: PathGraph, model: nn.Module, run: Callable[[], object], shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, tuple[str, ...]]:
     """The residual paths that can be dropped without being run, and their entrances, by name.
 
@@ -61,11 +36,13 @@ def find_skippable(
 
     Args:
         graph: the model's paths.
-        model: a copy of the model that may be changed, in train mode.
+        model: the model in train mode; its DropPaths are patched for good.
         run: runs it on an example of at least two samples.
-        calls: per path its DropPath in `model`, and the shape that it is handed.
+        shapes: per path what its DropPath is handed.
     """
-    groups = [_candidates(graph, model, calls)]
+    drop_paths = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
+    patched = [*patch(drop_paths, graph.calls_per_forward, graph).values()]
+    groups = [_candidates(graph, model, shapes)]
     skippable: dict[str, tuple[str, ...]] = {}
     failed_kinds = set()
     trials = 0
@@ -74,7 +51,7 @@ def find_skippable(
         if not group:
             continue
         trials += 1
-        failed, culprit = _try(graph, model, run, group)
+        failed, culprit = _try(graph, model, patched, run, group)
         if not failed:
             skippable.update({c.name: c.entrances for c in group})
         elif culprit is not None:
@@ -87,49 +64,67 @@ def find_skippable(
 
 
 def _candidates(
-    graph: PathGraph, model: nn.Module, calls: Sequence[tuple[DropPath, tuple[int, ...]]]
+    graph: PathGraph, model: nn.Module, shapes: Sequence[tuple[int, ...]]
 ) -> list[_Candidate]:
     kinds = {}
     for module in model.modules():
-        if isinstance(module, DropPath):
-            module.__class__ = _TrialDropPath
         for attribute, child in module.named_children():
             if isinstance(child, DropPath):
                 kinds[child] = (attribute, *((n, type(m)) for n, m in module.named_modules()))
-    candidates = []
-    for path, (module, shape) in zip(graph.paths, calls, strict=True):
-        assert isinstance(module, _TrialDropPath)
-        entrances = graph.entrances(path.name)
-        if path.residual and shape[0] > 1 and entrances:
-            kind = (path.call, *kinds[module])
-            candidates.append(_Candidate(path.name, module, path.call, shape, entrances, kind))
-    return candidates
+    return [
+        _Candidate(
+            path.name,
+            (path.module, path.call),
+            shape,
+            entrances,
+            kind=(path.call, *kinds[path.module]),
+        )
+        for path, shape in zip(graph.paths, shapes, strict=True)
+        if path.residual and shape[0] > 1 and (entrances := graph.entrances(path.name))
+    ]
 
 
 def _try(
-    graph: PathGraph, model: nn.Module, run: Callable[[], object], group: list[_Candidate]
+    graph: PathGraph,
+    model: nn.Module,
+    drop_paths: list[MaskedDropPath],
+    run: Callable[[], object],
+    group: list[_Candidate],
 ) -> tuple[bool, _Candidate | None]:
     """Whether one of the paths cannot be dropped so, and which, as far as that shows."""
     modules = dict(model.named_modules())
+    dropped = {c.call: c for c in group}
     under_way: list[_Candidate] = []
-    hooks = []
-    buffered = [modules[n] for n in graph.dropped_buffers(c.name for c in group)]
-    in_train = [m for m in buffered if m.training]
+
+    def begin(candidate: _Candidate, *_: object) -> None:
+        if candidate not in under_way:
+            under_way.append(candidate)
+
+    def end(module: Any, args: tuple) -> None:
+        candidate = dropped.get((module, module._call))
+        if candidate is None:
+            return
+        batch, _ = module._batch.get(module._call, (0, None))
+        if args[0].shape[0] != 1 or (batch, *args[0].shape[1:]) != candidate.shape:
+            under_way.append(candidate)
+            raise ValueError(f"{candidate.name} was not handed one sample")
+        under_way.remove(candidate)
+
+    hooks: list[Any] = []
+    for drop_path in drop_paths:
+        calls = range(drop_path._calls)
+        drop_path.decide([float((drop_path, call) not in dropped) for call in calls])
+        hooks.append(drop_path.register_forward_pre_hook(end))
+    for candidate in group:
+        drop_path, call = candidate.call
+        assert isinstance(drop_path, MaskedDropPath)
+        for name in candidate.entrances:
+            for hook in (partial(begin, candidate), partial(drop_path.pass_on_one_sample, call)):
+                hooks.append(modules[name].register_forward_pre_hook(hook))
+    resting = [modules[n] for n in graph.dropped_buffers(c.name for c in group)]
+    in_train = [m for m in resting if m.training]
     for module in in_train:
         module.training = False
-    for module in modules.values():
-        if isinstance(module, _TrialDropPath):
-            module._call, module._batch, module._dropped = 0, {}, {}
-    for candidate in group:
-        candidate.drop_path._dropped[candidate.call] = (candidate, under_way)
-
-        def begin(*_: object, candidate: _Candidate = candidate) -> None:
-            if candidate not in under_way:
-                under_way.append(candidate)
-
-        skip = partial(pass_on_one_sample, candidate.drop_path, candidate.call)
-        for name in candidate.entrances:
-            hooks += [modules[name].register_forward_pre_hook(h) for h in (begin, skip)]
     try:
         run()
         return False, None
