@@ -1,11 +1,19 @@
 """What differs between the versions of torch and timm that are supported; each named beside it."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+try:
+    from timm.task import TrainingTask
+except ImportError:  # before timm 1.0.23
+
+    class TrainingTask(nn.Module):  # pyright: ignore
+        """Nothing is one."""
 
 
 def best_device() -> str:
@@ -25,6 +33,15 @@ def safe_globals(types: list[Any]) -> AbstractContextManager:
         return context(types)
     torch.serialization.add_safe_globals(types)  # torch 2.4: for good
     return nullcontext()
+
+
+def not_compiled() -> AbstractContextManager:
+    """A context in which compiled modules run as they were written."""
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    if "torch._dynamo" not in sys.modules:  # before torch 2.6
+        return nullcontext()
+    return sys.modules["torch._dynamo"].config.patch(disable=True)
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:
