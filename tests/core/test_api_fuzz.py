@@ -200,7 +200,8 @@ class Machine(RuleBasedStateMachine):
         assert all(m.training for m in self.model.modules())
         assert list(self.model.state_dict()) == list(self.plain.state_dict())
         hooked = [m for m in self.model.modules() if m._forward_pre_hooks or m._forward_hooks]
-        assert hooked == ([self.model] if self.attached else [])
+        begin = [self.model, self.model.get_submodule(self.rdp.paths[0].entrances[0])]
+        assert hooked == (begin if self.attached else [])
         assert len(self.optimizer._optimizer_step_post_hooks) == self.attached
         self.check_as_plain(self.model)
         assert self.rdp.masks == self.books.masks
@@ -424,8 +425,9 @@ class Machine(RuleBasedStateMachine):
         assert self.rdp.state_dict() == state
         if go_on:
             DONE["training goes on with a copy"] += 1
-            if self.attached:  # the copy of its hook, which does nothing
-                twin._forward_pre_hooks.popitem()
+            if self.attached:  # the copies of its hooks, which do nothing
+                for module in twin.modules():
+                    module._forward_pre_hooks.clear()
             twin.load_state_dict(before["parameters"] | before["buffers"])
             twin.zero_grad()
             self.take_over(twin)

@@ -1,5 +1,7 @@
 """ResidualDropPath: the sequence of iterations, its state, and what it refuses."""
 
+import contextlib
+import copy
 import gc
 import io
 import json
@@ -569,6 +571,112 @@ def test_a_detached_attached_loop_is_the_users_own_again():
         update(trained, by)
     assert same_bits(parameters_of(model), parameters_of(plain))
     assert rdp.state_dict() == state
+
+
+# What it tells.
+
+
+def test_phase_cycle_and_repr_tell_where_the_sequence_stands():
+    rdp = ResidualDropPath(small_model("test_vit"), seed=3, every=2)
+    for cycle in range(4):
+        for it in rdp.cycle():
+            assert (rdp.phase, rdp.current_cycle) == (it.phase, cycle)
+            assert repr(rdp) == (
+                "<ResidualDropPath of 10 paths of VisionTransformer: "
+                f"cycle {cycle}, {it.phase} iteration>"
+            )
+            with it:
+                assert (rdp.phase, rdp.current_cycle) == (it.phase, cycle)
+    rdp.detach()
+    assert "detached" in repr(rdp)
+
+
+# A model that changes, and an iteration that cannot be entered.
+
+
+def test_an_iteration_that_cannot_be_entered_leaves_nothing_open():
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    with pytest.raises(RuntimeError, match="requires_grad_"):
+
+        def loss(parameters):
+            with rdp.iteration():
+                return torch.func.functional_call(model, parameters, batch("test_vit")[0]).sum()
+
+        torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()})
+    assert rdp.masks == {}
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(sequence(rdp, 2)) == 2
+    rdp.detach()
+
+
+class LowRank(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.a = torch.nn.Linear(linear.in_features, 2, bias=False)
+        self.b = torch.nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.b(self.a(x))
+
+
+def with_low_rank(model):
+    model.blocks[5].mlp.fc1 = LowRank(model.blocks[5].mlp.fc1)
+
+
+def with_weight_norm(model):
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[5].mlp.fc1)
+
+
+def with_another_parameter(model):
+    model.blocks[5].mlp.fc1.weight = torch.nn.Parameter(model.blocks[5].mlp.fc1.weight.data.clone())
+
+
+def with_a_new_head(model):
+    model.reset_classifier(10)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (with_low_rank, "blocks.5.mlp.fc1"),
+        (with_weight_norm, "blocks.5.mlp.fc1"),
+        (with_another_parameter, "blocks.5.mlp.fc1.weight"),
+        (with_a_new_head, "head"),
+    ],
+)
+def test_what_is_added_or_replaced_after_patching_is_named_and_can_be_followed(
+    change, name, attached
+):
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    sequence(rdp, 3)
+    change(model)
+    optimizer = adamw(model)
+    if attached:
+        rdp.attach(optimizer)
+    within = lambda it: contextlib.nullcontext() if attached else it
+    refused = pytest.raises(RuntimeError, match=rf"^{name}\S* was added .*follow\(\)")
+    with refused as error, within(rdp.iteration()):
+        update(model, optimizer)
+    assert one_line(error)
+    assert rdp.follow(model) is rdp
+    expected = ResidualDropPath(copy.deepcopy(model))
+    assert [(p.name, p.parameters) for p in rdp.paths] == [
+        (p.name, p.parameters) for p in expected.paths
+    ]
+    optimizer.zero_grad()
+    for _ in range(4):
+        it, before = rdp.iteration(), parameters_of(model)
+        with within(it):
+            update(model, optimizer)
+        moved = {n for n, p in parameters_of(model).items() if not same_bits(p, before[n])}
+        assert moved == it.trainable
+    assert rdp.current_cycle == 3
+    rdp.detach()
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 # What the constructor refuses.

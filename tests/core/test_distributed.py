@@ -356,6 +356,60 @@ def controller_of_rank(rank, size, what):
     return str(error.value)
 
 
+@pytest.mark.parametrize("uses", ["every rank", "rank 1", "a part", "no rank"])
+def test_a_parameter_that_only_the_loss_uses_is_averaged_too(ranks, uses):
+    results = ranks.run(train_with_a_temperature, uses)
+    assert same_bits(results[0]["parameters"], results[1]["parameters"])
+    assert results[0]["temperature moved"] is (uses != "no rank")
+
+
+def train_with_a_temperature(rank, size, uses):
+    model = create("test_vit")
+    model.temperature = torch.nn.Parameter(torch.ones(()))
+    model.never_used = torch.nn.Parameter(torch.ones(3))
+    ddp = DistributedDataParallel(model)
+    rdp = ResidualDropPath(ddp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i in range(6):
+        images, labels = digit_images(4, 32, 4 * (rank + size * i))
+        frozen = model.temperature.clone()
+        with rdp.iteration() as it:
+            for part in range(2):
+                output = ddp(images[2 * part :][:2])
+                if {"every rank": True, "rank 1": rank == 1, "a part": part == 1}.get(uses):
+                    output = output * model.temperature
+                torch.nn.functional.cross_entropy(output, labels[2 * part :][:2]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if it.phase == "complement":
+            assert same_bits(frozen.detach(), model.temperature.detach())
+    return {
+        "parameters": parameters_of(model),
+        "temperature moved": model.temperature.item() != 1.0,
+    }
+
+
+def test_a_wrapper_that_the_controller_was_not_told_of_is_refused(ranks):
+    for message in ranks.run(wrapped_without_follow):
+        assert "DistributedDataParallel" in message
+        assert "call its follow()" in message
+        assert "\n" not in message
+
+
+def wrapped_without_follow(rank, size):
+    model = create("test_vit")
+    rdp = ResidualDropPath(model)
+    ddp = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError) as error, rdp.iteration():
+        ddp(digit_images(2)[0])
+    rdp.follow(ddp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for it in rdp.cycle():
+        with it:
+            update(ddp, optimizer, rank)
+    return str(error.value)
+
+
 def test_a_parameter_that_gets_no_gradient_is_named_on_every_rank(ranks):
     for message in ranks.run(loss_from_a_part):
         assert message.startswith("parameter head_dist.")

@@ -424,3 +424,77 @@ def test_eval_called_within_an_iteration_stays():
     with ResidualDropPath(model).iteration():
         model.eval()
     assert not any(modes_of(model).values())
+
+
+# Dropped means dropped, frozen means frozen: else an error.
+
+
+def test_an_iteration_that_was_run_in_eval_mode_is_an_error():
+    model = small_model("test_vit").eval()
+    rdp = ResidualDropPath(model)
+    refused = pytest.raises(RuntimeError, match=r"eval mode: call its train\(\)")
+    with refused as error, rdp.iteration() as it:
+        assert it.dropped
+        update(model, sgd(model), "test_vit")
+    assert "\n" not in str(error.value)
+    assert rdp.current_cycle == 0
+    assert all(p.requires_grad for p in model.parameters())
+    with rdp.iteration():
+        model(batch("test_vit")[0])  # of a saliency map, say
+        update(model.train(), sgd(model), "test_vit")
+    assert rdp.phase == "complement"
+
+
+def test_a_dropped_path_in_eval_mode_among_others_is_an_error():
+    model = small_model("test_resnet", drop_path_rate=0.9)
+    rdp = ResidualDropPath(model)
+    dropped = sorted(rdp.iteration().dropped)
+    model.get_submodule(dropped[0].removesuffix(".drop_path")).eval()
+    message = rf"^{dropped[0]} is to be dropped.*drop_prob to 0$"
+    with pytest.raises(RuntimeError, match=message), rdp.iteration():
+        model(batch("test_resnet")[0])
+    with rdp.iteration(), torch.no_grad():
+        model(batch("test_resnet")[0])
+    model.get_submodule(dropped[0]).drop_prob = 0.0
+    rdp.load_state_dict({**rdp.state_dict(), "cycle": 0, "phase": "droppath", "dropped": []})
+    with rdp.iteration() as it:
+        assert dropped[0] not in it.dropped
+        update(model, sgd(model), "test_resnet")
+
+
+class ZerosForNone(torch.optim.SGD):
+    """Takes a missing gradient for one of zero, so that momentum and decay move what is frozen."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "zeros for None"])
+def test_an_optimizer_that_moves_what_is_frozen_is_found_in_the_first_complement_iteration(kind):
+    model = small_model("test_vit")
+    rdp = ResidualDropPath(model)
+    if kind == "LBFGS":
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    else:
+        optimizer = ZerosForNone(model.parameters(), lr=0.1, momentum=0.9)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch("test_vit"))
+        loss.backward()
+        return loss
+
+    phases = []
+    with pytest.raises(RuntimeError, match="frozen in this iteration") as error:
+        for it in rdp.cycle():
+            phases.append(it.phase)
+            with it:
+                closure()
+                optimizer.step(closure if kind == "LBFGS" else None)
+    assert phases == ["droppath", "complement"]
+    assert "without a gradient" in str(error.value)
+    assert "\n" not in str(error.value)

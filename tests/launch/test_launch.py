@@ -340,7 +340,7 @@ for _ in range(2):
     [
         (LOOP.replace("0.4", "0.0"), "no residual path that can be dropped"),
         (LOOP.replace("test_vit", "mobilenetv1_100").replace("img_size=32, ", ""), "no DropPath"),
-        (LOOP.replace("model(images)", "model.forward_features(images)"), "call the model itself"),
+        (LOOP.replace("model(images)", "model.eval()(images)"), "in train mode"),
         (LOOP.replace("range(2)", "range(0)"), "made no training iteration"),
         ("import timm; timm.create_model('test_vit')", "optimizers for none of them"),
         ("print('hello')", "made 0 models by timm.create_model"),
@@ -353,7 +353,7 @@ for _ in range(2):
     ids=[
         "rate 0",
         "no DropPath called",
-        "parts called",
+        "eval mode",
         "no update",
         "no optimizer",
         "no model",

@@ -13,10 +13,12 @@ from timm_rdp.core.drop_path import MaskedDropPath
 from timm_rdp.core.paths import PathGraph
 
 
-def whole_number(argument: str, value: Any) -> int:
-    """The value of an argument, as an int; ValueError if it is no whole number."""
+def whole_number(argument: str, value: Any, least: int | None = None) -> int:
+    """The value of an argument, as an int; ValueError if it is none, or one below `least`."""
     if not hasattr(value, "__index__"):
         raise ValueError(f"{argument}={value!r} must be a whole number")
+    if least is not None and value < least:
+        raise ValueError(f"{argument}={value} must be {least} or more")
     return operator.index(value)
 
 

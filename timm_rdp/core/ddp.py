@@ -1,6 +1,5 @@
 """Gradients of one iteration, averaged over the ranks of DistributedDataParallel."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class GradientReducer:
         self._group: Any = ddp.process_group
         self._names: dict[Tensor, str] = {p: n for n, p in parameters.items()}
         self._order = list(reversed(parameters.values()))
+        self._others: list[nn.Parameter] = []
         self._buckets: list[list[Tensor]] = []
         self._bucket_of: dict[Tensor, int] = {}
         self._waiting: list[int] = []
@@ -57,10 +57,16 @@ class GradientReducer:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, expected: Iterable[str]) -> None:
-        """Reduce, from the next backward pass on, the parameters `expected` to get a gradient."""
-        expected = frozenset(expected)
-        reduced: list[Tensor] = [p for p in self._order if self._names[p] in expected]
+    def begin(self, trainable: frozenset[str], reached: frozenset[str]) -> None:
+        """Reduce, from the next backward pass on, the gradients of an iteration.
+
+        Args:
+            trainable: names of the parameters that it trains.
+            reached: those that get a gradient in every backward pass. Any others get one where the
+                loss uses them directly, as CLIP's does its temperature.
+        """
+        reduced: list[Tensor] = [p for p in self._order if self._names[p] in trainable & reached]
+        self._others = [p for p in self._order if self._names[p] in trainable - reached]
         self._buckets = []
         if reduced:
             # As in DistributedDataParallel, a small first bucket starts communication early.
@@ -109,6 +115,16 @@ class GradientReducer:
                 f"parameter {name} got no gradient in this backward pass, though the model's graph "
                 "reaches it: build the loss from the output of the whole model"
             )
+        if self._others:
+            # Those of them that got a gradient on any rank; its average counts none as zero.
+            got = torch.tensor([p.grad is not None for p in self._others], dtype=torch.uint8)
+            got = got.to(self._others[0].device)
+            dist.all_reduce(got, dist.ReduceOp.MAX, group=self._group)
+            for parameter, reduce in zip(self._others, got.tolist(), strict=True):
+                if reduce:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    self._launch([parameter])
         for work, flat, bucket in self._launched:
             work.wait()
             parts = flat.split([p.numel() for p in bucket])

@@ -46,6 +46,7 @@ class MaskedDropPath(DropPath):
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
     _record: Sequence[Any] = ()  # per call a mask, or the shape, value and device of one
     _owner: Callable[[], object] | None = None  # weak reference to the controller
+    _loop: Any = None  # the AttachedLoop, if there is one
     # What the entrances of its paths passed on, by call. Of a dropped one, the batch size and the
     # memory format of the zeros that it returns; of others the mask (B,), the indices of the kept
     # samples (None: all), and the entrances that have passed them on.
@@ -83,6 +84,8 @@ class MaskedDropPath(DropPath):
             scaled = self.scale_by_keep and self.drop_prob < 1.0
             x = _scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
         else:
+            if self._decisions is None and torch.is_grad_enabled():
+                self._check_outside(first_forward)
             x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
         if first_forward:
             self._note(call, entry)
@@ -121,6 +124,23 @@ class MaskedDropPath(DropPath):
         seen = self._recompute[1] if self._recompute[0] == backward else 0
         self._recompute = (backward, seen + 1)
         return seen % self._calls, False
+
+    def _check_outside(self, first_forward: bool) -> None:
+        """Refuse a forward that belongs to an iteration, but is run outside it."""
+        if first_forward:
+            if self._loop is not None:
+                self._loop.outside(self)
+        elif self._record and not isinstance(self._record[0], Tensor) and self._record[0][0] == ():
+            raise RuntimeError(
+                "gradient checkpointing recomputes a forward of an iteration that is over: call "
+                "backward() before leaving it, and before switching to eval mode"
+            )
+
+    def train(self, mode: bool = True) -> "MaskedDropPath":
+        """Set the mode; a validation or an epoch begins."""
+        if self._loop is not None:
+            self._loop.set_aside()
+        return super().train(mode)
 
     def _zeros(self, x: Tensor, call: int) -> Tensor:
         """What a dropped path contributes; full-size, because many blocks add to it in place."""

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm_rdp.core.paths import Path
-
 DROPPATH = "droppath"
 COMPLEMENT = "complement"
 
@@ -40,11 +38,3 @@ class Iteration:
 
     def __repr__(self) -> str:
         return f"<{self.phase} iteration of cycle {self.cycle}, {len(self.dropped)} paths dropped>"
-
-    def _decision(self, path: Path) -> float:
-        """What the path's DropPath does in this iteration (see drop_path.Decision)."""
-        if self.phase == COMPLEMENT:
-            return 1.0
-        if path.name in self.dropped:
-            return 0.0
-        return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

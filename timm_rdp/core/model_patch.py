@@ -1,8 +1,8 @@
 """Puts a model into the state that an iteration needs, and back."""
 
 import weakref
-from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.drop_path import Decision, Hook, MaskedDropPath, patch, unpatch
-from timm_rdp.core.paths import PathGraph
+from timm_rdp.core.iteration import COMPLEMENT, Iteration
+from timm_rdp.core.paths import Path, PathGraph
 
 
 class ModelPatch:
@@ -38,17 +39,26 @@ class ModelPatch:
         self._graph = graph
         self._paths = {p.name: p for p in graph.paths}
         self._modules = dict(model.named_modules())
-        self._drop_paths = patch(drop_paths, graph.calls_per_forward, owner)
+        self.drop_paths = patch(drop_paths, graph.calls_per_forward, owner)
         self._reducer: GradientReducer | None = None
         self._weights = torch.ones(0)  # the decisions, as compiled code reads them
         self._hooks: list[Any] = []
         self._trainable: frozenset[str] | None = None
+        # What the patch is for: the dicts of modules and parameters of all modules that have some.
+        dicts = [(m._modules, m._parameters) for m in model.modules()]
+        self._dicts = [d for pair in dicts if any(pair) for d in pair]
+        self._identities = self._ids()
         # What turn_off() sets back.
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: dict[str, nn.Parameter] = {}
         self._resting: list[nn.Module] = []
         self._saved_buffers: list[tuple[Tensor, Tensor]] = []
         self._iteration_hooks: list[Any] = []
-        self._called_otherwise: str | None = None  # see not_as_traced()
+        # What fault() looks at.
+        self._called_otherwise: str | None = None
+        self._in_train_mode: set[bool] = set()  # of the forwards that dropped something
+        self._probes: dict[str, Tensor] | None = None  # {} once the optimizer was found to be fit
+        if any(m._compiled_call_impl is not None for m in model.modules()):
+            self.follow_compile()
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
@@ -66,17 +76,17 @@ class ModelPatch:
         for name, parameter in self.parameters.items():
             flag = parameter.requires_grad
             parameter.requires_grad_(True)  # a hook can only be registered then
-
-            def after_gradient(p: nn.Parameter, name: str = name) -> None:
-                if self._trainable is None:
-                    return
-                if name not in self._trainable:
-                    p.grad = None
-                elif self._reducer is not None:
-                    self._reducer.ready(p)
-
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(after_gradient))
+            hook = partial(self._after_gradient, name)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
             parameter.requires_grad_(flag)
+
+    def _after_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        if self._trainable is None:
+            return
+        if name not in self._trainable:
+            parameter.grad = None
+        elif self._reducer is not None:
+            self._reducer.ready(parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is of the model inside the wrappers, and no iteration of this one is its own.
@@ -86,68 +96,117 @@ class ModelPatch:
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
         self.turn_off()
-        for module in self._drop_paths.values():
+        self._identities = self._ids()
+        for module in self.drop_paths.values():
             module._owner = weakref.ref(owner)
 
-    def turn_on(
-        self,
-        decisions: Mapping[tuple[DropPath, int], float],
-        trainable: frozenset[str],
-        dropped: frozenset[str],
-    ) -> None:
-        """Set the model for an iteration.
+    def _ids(self) -> list[int]:
+        return [*map(id, chain.from_iterable(map(dict.values, self._dicts)))]
 
-        Args:
-            decisions: what each call of a DropPath does; timm's own behaviour for the others.
-            trainable: names of the parameters to train.
-            dropped: names of the paths that are dropped.
-        """
-        self._decide(decisions)
+    def changed(self) -> str | None:
+        """The name of a parameter or module that the model did not have when it was patched."""
+        if self._ids() == self._identities:
+            return None
+        then = {**self._modules, **self.parameters}
+        now = dict([*self._model.named_modules(), *self._model.named_parameters()])
+        return next((name for name in [*now, *then] if now.get(name) is not then.get(name)), None)
+
+    def beginning(self) -> list[nn.Module]:
+        """Where its first path begins, which forward_features() does not go around."""
+        names = [] if self.compiled else self._graph.entrances(self._graph.paths[0].name)
+        return [self._modules[name] for name in names]
+
+    def turn_on(self, it: Iteration) -> None:
+        """Set the model for an iteration."""
+        dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
+        self._in_train_mode = set()
+        self._decide(it)
         self._keep_buffers(dropped)
         if not self.compiled:
             self._skip(dropped)
             self._called_otherwise = None
-            self._hook_forward(self._model, self._begin_forward)
+            droppable = [(n, self._paths[n].module) for n in dropped]
+            self._hook_forward(self._model, partial(self._begin_forward, droppable))
             end = self._model.register_forward_hook(Hook(self._end_forward))
             self._iteration_hooks.append(end)
-        self._trainable = trainable
+        self._trainable = it.trainable
         for name, parameter in self.parameters.items():
-            if name not in trainable:
+            if name not in it.trainable:
                 # A zero gradient would still let weight decay and momentum move the parameter.
                 parameter.grad = None
                 if parameter.requires_grad and not self.compiled:
                     parameter.requires_grad_(False)
-                    self._frozen.append(parameter)
+                    self._frozen[name] = parameter
+        if it.phase == COMPLEMENT and self._probes != {}:
+            some = [n for n in self.parameters if n not in it.trainable]
+            some = some[:: len(some) // 8 + 1]
+            self._probes = {n: self.parameters[n].detach().clone() for n in some}
         if self._reducer is not None:
-            self._reducer.begin(trainable & self._graph.reached_parameters(dropped))
+            self._reducer.begin(it.trainable, self._graph.reached_parameters(dropped))
 
-    def turn_off(self) -> None:
-        """Set everything back, whatever happened since `turn_on`."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+    def turn_off(self, aside: bool = False) -> None:
+        """Set everything back, whatever happened since `turn_on`.
+
+        Args:
+            aside: the backward pass of what was run so far may yet come.
+        """
+        trainable = self._trainable or ()
+        meanwhile = {n for n in trainable if not self.parameters[n].requires_grad}
+        for name, parameter in self._frozen.items():
+            if not (meanwhile and self._is_frozen_with(name, meanwhile)):
+                parameter.requires_grad_(True)
         for module in self._resting:  # an interrupt may have ended its forward
             module.training = True
         for buffer, value in self._saved_buffers:
             buffer.copy_(value)
         for hook in self._iteration_hooks:
             hook.remove()
-        self._frozen, self._resting = [], []
+        self._frozen, self._resting = {}, []
         self._saved_buffers, self._iteration_hooks = [], []
-        self._trainable = None
-        for module in self._drop_paths.values():
+        for module in self.drop_paths.values():
             module.decide(None)
-        if self._reducer is not None:
-            self._reducer.end()
+        if not aside:
+            self._trainable = None
+            if self._reducer is not None:
+                self._reducer.end()
 
-    def not_as_traced(self) -> str | None:
-        """Says which DropPath was not called as often per forward as when the model was traced."""
+    def _is_frozen_with(self, name: str, meanwhile: set[str]) -> bool:
+        """Whether the user has frozen a module that this parameter, frozen already, belongs to.
+
+        Its own flag does not show it. Those of the parameters do that were trainable until then, in
+        the smallest module around it that has one.
+        """
+        module, near = name, []
+        while module and not near:
+            module = module.rpartition(".")[0]
+            near = [n for n in self._trainable or () if n.startswith(f"{module}." * bool(module))]
+        return meanwhile.issuperset(near)
+
+    def fault(self) -> str | None:
+        """What went wrong in the iteration that is about to end, in one line."""
+        for name, before in (self._probes or {}).items():
+            if not torch.equal(before, self.parameters[name]):
+                return (
+                    f"the optimizer moved {name}, which is frozen in this iteration: use one that "
+                    "leaves parameters without a gradient alone"
+                )
+        if self._probes and self._trainable is not None:
+            self._probes = {}
+        if self._in_train_mode == {False}:
+            return (
+                "what this iteration drops was not dropped, because the model was in eval mode: "
+                "call its train()"
+            )
         # The last forward may have been no call of the model, but of its forward_features(), say.
-        odd = (n for n, m in self._drop_paths.items() if m._call % m._calls)
+        odd = (n for n, m in self.drop_paths.items() if m._call % m._calls)
         name = self._called_otherwise or next(odd, None)
         if name is None:
             return None
-        calls = self._drop_paths[name]._calls
-        return f"{name} was not called {'once' if calls == 1 else f'{calls} times'} per forward"
+        calls = self.drop_paths[name]._calls
+        return (
+            f"{name} was not called {'once' if calls == 1 else f'{calls} times'} per forward, as "
+            "when the model was traced: pass an example_input like those that it is trained on"
+        )
 
     def remove(self) -> None:
         """Give the DropPaths their class back and remove every hook."""
@@ -155,33 +214,38 @@ class ModelPatch:
             hook.remove()
         if self._reducer is not None:
             self._reducer.remove()
-        unpatch(self._drop_paths)
+        unpatch(self.drop_paths)
 
     def _hook_forward(self, module: nn.Module, function: Any, prepend: bool = False) -> None:
         hook = module.register_forward_pre_hook(Hook(function), prepend=prepend)
         self._iteration_hooks.append(hook)
 
-    def _decide(self, decisions: Mapping[tuple[DropPath, int], float]) -> None:
-        weights: dict[tuple[DropPath, int], Tensor] | None = None
+    def _decide(self, it: Iteration) -> None:
+        """Tell each call of a DropPath what to do; timm's own behaviour where it is no residual."""
+        told: dict[Any, list[Decision]] = {m: [None] * m._calls for m in self.drop_paths.values()}
+        for path in self._paths.values():
+            if path.residual:
+                told[path.module][path.call] = _decision(it, path)
+        weights: list = [None] * len(told)
         if self.compiled:
             device = next(iter(self.parameters.values())).device
-            if len(self._weights) != len(decisions) or self._weights.device != device:
-                self._weights = torch.ones(len(decisions), device=device)
+            flat = [d for calls in told.values() for d in calls if d is not None]
+            if len(self._weights) != len(flat) or self._weights.device != device:
+                self._weights = torch.ones(len(flat), device=device)
                 self._views = self._weights.unbind()
-            self._weights.copy_(torch.tensor([*decisions.values()]), non_blocking=True)
-            weights = dict(zip(decisions, self._views, strict=True))
-        for module in self._drop_paths.values():
-            keys = [(module, call) for call in range(module._calls)]
-            told: list[Decision] = [decisions.get(key) for key in keys]
-            module.decide(told, None if weights is None else [weights.get(key) for key in keys])
+            self._weights.copy_(torch.tensor(flat), non_blocking=True)
+            views = iter(self._views)
+            weights = [[None if d is None else next(views) for d in c] for c in told.values()]
+        for (module, decisions), of_module in zip(told.items(), weights, strict=True):
+            module.decide(decisions, of_module)
 
     def _skip(self, dropped: frozenset[str]) -> None:
         """Hand one sample to what is dropped, where that can be done."""
         for name in dropped:
             path = self._paths[name]
             assert isinstance(path.module, MaskedDropPath)
-            hook = partial(path.module.pass_on_one_sample, path.call)
             for entrance in path.entrances:
+                hook = partial(path.module.pass_on_one_sample, path.call)
                 self._hook_forward(self._modules[entrance], hook)
 
     def _keep_buffers(self, dropped: frozenset[str]) -> None:
@@ -207,12 +271,35 @@ class ModelPatch:
             module.training = True
             self._resting.remove(module)
 
-    def _begin_forward(self, *_: object) -> None:
-        for module in self._drop_paths.values():
+    def _begin_forward(self, droppable: list[tuple[str, DropPath]], *_: object) -> None:
+        for module in self.drop_paths.values():
             vars(module)["_call"] = 0
+        if self._reducer is None and DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(
+                "the model is run by a DistributedDataParallel that this ResidualDropPath does not "
+                "know: call its follow() with it, or give it the wrapped model in the first place"
+            )
+        if not torch.is_grad_enabled() or not droppable:
+            return
+        asleep = [name for name, module in droppable if not module.training]
+        if asleep and any(m.training for m in self.drop_paths.values()):
+            raise RuntimeError(
+                f"{asleep[0]} is to be dropped, but is in eval mode, unlike others: call its "
+                "train(), or set its drop_prob to 0"
+            )
+        self._in_train_mode.add(not asleep)
 
     def _end_forward(self, *_: object) -> None:
-        for name, module in self._drop_paths.items():
+        for name, module in self.drop_paths.items():
             if module._call not in (0, module._calls):
                 self._called_otherwise = name
                 return
+
+
+def _decision(it: Iteration, path: Path) -> float:
+    """What the path's DropPath does in this iteration (see drop_path.Decision)."""
+    if it.phase == COMPLEMENT:
+        return 1.0
+    if path.name in it.dropped:
+        return 0.0
+    return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

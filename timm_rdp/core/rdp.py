@@ -1,18 +1,16 @@
-"""ResidualDroppath: droppath and complement iterations over any model with timm DropPaths.
-
-The method is that of Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
-"""
+"""ResidualDroppath: droppath and complement iterations over any model with timm DropPaths."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core.attach import AttachedLoop
 from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
-from timm_rdp.core.drop_path import Hook
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
@@ -40,7 +38,7 @@ class ResidualDropPath:
 
     Args:
         model: any module with timm DropPaths, also in DistributedDataParallel or torch.compile;
-            patched in place until `detach()`. Its parameters and modules must be final.
+            patched in place until `detach()`; see `follow()` where its parameters change later.
         seed: the masks are a pure function of seed and cycle.
         every: a complement iteration follows only every N-th droppath iteration.
         example_input: a tensor (B, C, H, W), or the tuple / dict that the model's forward takes; by
@@ -50,40 +48,45 @@ class ResidualDropPath:
         ValueError: the model has no residual path that can be dropped or none that carries a
             parameter, cannot be traced or is already patched; or an argument is out of its range.
 
-    Source: arXiv 2411.09475.
+    Source: Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
+
+    Attributes:
+        masks: {path name: kept?} of the current cycle; {} before the first.
+        phase, current_cycle: those of the iteration that is open, or else comes next.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0, every: int = 1, example_input: Any = None):
         self.seed = whole_number("seed", seed)
-        self.every = whole_number("every", every)
-        if self.every < 1:
-            raise ValueError(f"every={every} must be 1 or more")
+        self.every = whole_number("every", every, least=1)
         self.model = unwrap(model)
-        drop_paths = find_drop_paths(self.model)
-        self._graph = trace_paths(self.model, example_input)
-        check_droppable(self.model, self._graph)
-        self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
-        self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
-
         self.masks: dict[str, bool] = {}
-        self._cycle = 0
-        self._phase = DROPPATH
+        self._example_input = example_input
+        self.current_cycle = 0
+        self.phase = DROPPATH
         self._dropped: frozenset[str] = frozenset()
         self._active: Iteration | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hooks: list[Any] = []  # those of attach()
+        self._loop: AttachedLoop | None = None
         self._outermost = self.model
-        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
-        self._detached = False
-        self._parameters = self._patch.parameters
-        if any(m._compiled_call_impl is not None for m in self.model.modules()):
-            self._patch.follow_compile()
+        self._detached = self._paused = False
+        self._patch_model()
         if model is not self.model:
             self.follow(model)
 
+    def _patch_model(self) -> None:
+        drop_paths = find_drop_paths(self.model)
+        self._graph = trace_paths(self.model, self._example_input)
+        check_droppable(self.model, self._graph)
+        self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
+        self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
+        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
+
+    def __repr__(self) -> str:
+        at = "detached" if self._detached else f"cycle {self.current_cycle}, {self.phase} iteration"
+        return f"<ResidualDropPath of {len(self.paths)} paths of {type(self.model).__name__}: {at}>"
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy controls the copied model, in no wrapper and attached to no optimizer.
-        own = {"_active": None, "_optimizer": None, "_hooks": [], "_outermost": self.model}
+        own = {"_active": None, "_paused": False, "_loop": None, "_outermost": self.model}
         return {**vars(self), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,21 +95,28 @@ class ResidualDropPath:
             self._patch.own(self)
 
     def follow(self, wrapper: nn.Module) -> "ResidualDropPath":
-        """Take account of a wrapper put around the model after it was patched; returns self.
+        """Take account of what became of the model after it was patched; returns self.
 
         Args:
-            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model.
+            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model; or
+                the model itself, after parameters or modules of it were added or replaced.
 
         Raises:
             ValueError: it does not wrap the model that was patched, or ranks differ in what
-                determines the masks.
+                determines the masks; or what the constructor raises.
+            RuntimeError: called within an iteration.
         """
         self._check_in_use()
         if unwrap(wrapper) is not self.model:
             raise ValueError(
                 f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
-                "what torch.compile or DistributedDataParallel made of it"
+                "what torch.compile or DistributedDataParallel made of it, or the model itself"
             )
+        if self._patch.changed():
+            self._close("follow")
+            with self.pause():
+                self._patch.remove()
+                self._patch_model()
         self._outermost = wrapper
         inside: Any = wrapper
         while inside is not self.model:
@@ -117,8 +127,8 @@ class ResidualDropPath:
             else:
                 self._patch.follow_compile()
                 inside = inside._orig_mod
-        if self._optimizer is not None:
-            self._hook_loop(self._optimizer)
+        if self._loop is not None:
+            self._loop.hook(self._patch, wrapper)
         return self
 
     def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
@@ -138,7 +148,7 @@ class ResidualDropPath:
         self._check_in_use()
         it = self._next()
         while not it.trainable:  # all that this droppath iteration would train was frozen
-            if not any(p.requires_grad for p in self._parameters.values()):
+            if not any(p.requires_grad for p in self._patch.parameters.values()):
                 raise RuntimeError("no parameter of the model requires a gradient: unfreeze some")
             self._begin(it)
             self._advance(it)
@@ -147,16 +157,16 @@ class ResidualDropPath:
 
     def _next(self) -> Iteration:
         dropped = self._dropped
-        if self._phase == DROPPATH:
-            kept = sample_masks(self.seed, self._cycle, [p.drop_prob for p in self.paths])
+        if self.phase == DROPPATH:
+            kept = sample_masks(self.seed, self.current_cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
         carried = self.dropped_part(dropped)
         trainable = frozenset(
             name
-            for name, parameter in self._parameters.items()
-            if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
+            for name, parameter in self._patch.parameters.items()
+            if parameter.requires_grad and (name in carried) is (self.phase == COMPLEMENT)
         )
-        return Iteration(self._phase, self._cycle, dropped, trainable, self)
+        return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -164,11 +174,8 @@ class ResidualDropPath:
         Raises:
             RuntimeError: an iteration was not entered with `with`.
         """
-        cycle = self._cycle
-        while self._cycle == cycle:
-            it = self.iteration()
-            if it.cycle != cycle:
-                return
+        cycle = self.current_cycle
+        while self.current_cycle == cycle and (it := self.iteration()).cycle == cycle:
             yield it
             if not it._entered_by_user:
                 raise RuntimeError(f"{it} was not entered: run it within `with it:`")
@@ -181,23 +188,29 @@ class ResidualDropPath:
         """
         if self._detached:
             return self.model
+        self._close("detach")
+        if self._loop is not None:
+            self._loop.remove()
+        self._patch.remove()
+        self._detached, self._loop = True, None
+        return self.model
+
+    def _close(self, call: str) -> None:
+        """End an iteration of attach() without completing it, before a call that needs that."""
         if self._active is not None:
             if self._active._entered_by_user:
-                raise RuntimeError("detach() within an iteration: leave its `with` block first")
+                raise RuntimeError(f"{call}() within an iteration: leave its `with` block first")
             self._leave(completed=False)
-        for hook in self._hooks:
-            hook.remove()
-        self._patch.remove()
-        self._detached, self._hooks, self._optimizer = True, [], None
-        return self.model
+        if self._loop is not None:
+            self._loop.aside = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, in plain Python values: loads with weights_only=True."""
         return {
             "seed": self.seed,
             "every": self.every,
-            "cycle": self._cycle,
-            "phase": self._phase,
+            "cycle": self.current_cycle,
+            "phase": self.phase,
             "dropped": sorted(self._dropped),
             "masks": dict(self.masks),
             "paths": [p.name for p in self.paths],
@@ -210,13 +223,10 @@ class ResidualDropPath:
             ValueError: not such a state, or one of a model with other paths.
             RuntimeError: called within an iteration.
         """
-        if self._active is not None:
-            raise RuntimeError(
-                "load_state_dict() within an iteration: leave its `with` block first"
-            )
         check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
+        self._close("load_state_dict")
         self.seed, self.every = state["seed"], state["every"]
-        self._cycle, self._phase = state["cycle"], state["phase"]
+        self.current_cycle, self.phase = state["cycle"], state["phase"]
         self._dropped = frozenset(state["dropped"])
         self.masks = dict(state["masks"])
 
@@ -228,40 +238,36 @@ class ResidualDropPath:
         module that contains all of it where it should not be.
 
         Raises:
-            ValueError: already attached, or the optimizer holds none of the model's parameters.
+            ValueError: already attached, or the optimizer cannot be followed.
         """
         self._check_in_use()
-        if self._optimizer is not None:
+        if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self._parameters.values()):
-            raise ValueError(
-                f"this {type(optimizer).__name__} holds no parameter of the patched "
-                f"{type(self.model).__name__}: pass the optimizer that trains it"
-            )
-        self._optimizer = optimizer
-        self._hook_loop(optimizer)
+        self._loop = AttachedLoop(self, optimizer, self._patch)
+        self._loop.hook(self._patch, self._outermost)
         return self
 
-    def _hook_loop(self, optimizer: torch.optim.Optimizer) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        # timm's Lookahead, whose step runs no hooks, steps the optimizer that it wraps.
-        optimizer = getattr(optimizer, "_base_optimizer", optimizer)
-        self._hooks = [
-            self._outermost.register_forward_pre_hook(Hook(self._begin_iteration), prepend=True),
-            optimizer.register_step_post_hook(self._end_iteration),
-        ]
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it the model is the unpatched one, whatever iteration is open.
 
-    def _begin_iteration(self, module: nn.Module, _: Any) -> None:
-        if self._active is None and module.training and torch.is_grad_enabled():
-            self._enter(self.iteration())
+        It is for forwards in train mode that no optimizer step follows, in an attached loop above
+        all, where each would begin an iteration.
 
-    def _end_iteration(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._active is not None and not self._active._entered_by_user:
-            # A fused optimizer under GradScaler skips an overflow within its step.
-            overflow = getattr(optimizer, "found_inf", None)
-            self._leave(completed=overflow is None or not overflow.item())
+        Raises:
+            RuntimeError: an iteration is entered within it.
+        """
+        it, paused = self._active, self._paused
+        self._active, self._paused = None, True
+        if it is not None:
+            self._patch.turn_off()
+        try:
+            yield
+        finally:
+            self._paused = paused
+            if it is not None:
+                self._patch.turn_on(it)
+                self._active = it
 
     def _check_in_use(self) -> None:
         if self._detached:
@@ -269,28 +275,34 @@ class ResidualDropPath:
 
     def _enter(self, it: Iteration) -> None:
         self._check_in_use()
+        if self._paused:
+            raise RuntimeError(f"{it} was entered within pause(): leave that first")
         if self._active is not None:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
-        if (it.cycle, it.phase) != (self._cycle, self._phase):
+        if (it.cycle, it.phase) != (self.current_cycle, self.phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
+        if (name := self._patch.changed()) is not None:
+            raise RuntimeError(
+                f"{name} was added to the model or replaced after it was patched: call follow() "
+                "with the model, or patch it when it is complete"
+            )
         # What the user froze since the iteration was asked for does not train either.
-        it.trainable = frozenset(n for n in it.trainable if self._parameters[n].requires_grad)
-        self._begin(it)
-        not_run = it.dropped if it.phase == DROPPATH else frozenset()
-        decisions = {(p.module, p.call): it._decision(p) for p in self.paths}
+        it.trainable -= {n for n, p in self._patch.parameters.items() if not p.requires_grad}
+        try:
+            self._patch.turn_on(it)
+        except BaseException:
+            self._patch.turn_off()
+            raise
         self._active = it
-        self._patch.turn_on(decisions, it.trainable, not_run)
+        self._begin(it)
 
-    def _leave(self, completed: bool) -> None:
+    def _leave(self, completed: bool, aside: bool = False) -> None:
         it, self._active = self._active, None
         assert it is not None
-        not_as_traced = self._patch.not_as_traced() if completed else None
-        self._patch.turn_off()
-        if not_as_traced:
-            raise RuntimeError(
-                f"{not_as_traced}, as it was when the model was traced: pass an example_input like "
-                "those that it is trained on"
-            )
+        fault = self._patch.fault() if completed else None
+        self._patch.turn_off(aside)
+        if fault:
+            raise RuntimeError(fault)
         if completed:
             self._advance(it)
 
@@ -302,7 +314,7 @@ class ResidualDropPath:
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
             carried = self.dropped_part(it.dropped)
-            if any(self._parameters[name].requires_grad for name in carried):
-                self._phase = COMPLEMENT
+            if any(self._patch.parameters[name].requires_grad for name in carried):
+                self.phase = COMPLEMENT
                 return
-        self._cycle, self._phase = it.cycle + 1, DROPPATH
+        self.current_cycle, self.phase = it.cycle + 1, DROPPATH

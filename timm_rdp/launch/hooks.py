@@ -30,9 +30,9 @@ def hooked(run: LaunchedRun) -> Iterator[None]:
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 if first:
                     tell(None, *args, **kwargs)
-                    return original(*args, **kwargs)
                 result = original(*args, **kwargs)
-                tell(result, *args, **kwargs)
+                if not first:
+                    tell(result, *args, **kwargs)
                 return result
 
             setattr(owner, name, wrapped)

@@ -95,7 +95,7 @@ class LaunchedRun:
         if rdp is None:
             _logger.info(f"{what}: what DropPath drops is not computed")
             return
-        optimizer.register_step_pre_hook(partial(self._before_step, rdp))
+        optimizer.register_step_post_hook(partial(self._after_step, rdp))
         save = lambda _, state: state.update({STATE_KEY: rdp.state_dict()})
         optimizer.register_state_dict_post_hook(save)
         optimizer.register_load_state_dict_pre_hook(partial(self._load_state, rdp))
@@ -163,7 +163,7 @@ class LaunchedRun:
                 "schedule per update, which tells no epoch; leave it out where that is reached"
             )
 
-    def _before_step(self, rdp: ResidualDropPath, *_: object) -> None:
+    def _after_step(self, rdp: ResidualDropPath, *_: object) -> None:
         if self.stepped:
             return
         if self.begin is not None and self.epoch is None:
@@ -171,10 +171,10 @@ class LaunchedRun:
                 f"--rdp-start-epoch {self.options.rdp_start_epoch}: the script has no timm "
                 f"scheduler that it tells the epoch; leave it out, or {_RECIPE}"
             )
-        if self.begin is None and rdp._active is None:
+        if self.begin is None and not rdp.masks:
             raise self.refuse(
                 f"no iteration ran before the optimizer's first step: the script has to call the "
-                f"model itself ({self.taken}), in train mode; {_RECIPE}"
+                f"model ({self.taken}) in train mode; {_RECIPE}"
             )
         self.stepped = True
 

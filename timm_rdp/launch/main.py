@@ -8,7 +8,6 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 from timm_rdp.args import add_rdp_args
 from timm_rdp.errors import UsageError, nearest, report
@@ -27,26 +26,21 @@ def main(argv: list[str] | None = None) -> int:
             _parser().print_help()
             return 0
         options, script, script_args = _parse(argv)
-        if options.rdp or options.skip_dropped:
-            _launch(options, script, script_args)
-        else:
+        if not (options.rdp or options.skip_dropped):
             _run(script, script_args)
+            return 0
+        run = LaunchedRun(options)
+        with _logging_to_stderr(), hooked(run):
+            try:
+                _run(script, script_args)
+            except SystemExit as exit_:
+                if exit_.code in (None, 0) and "--help" not in script_args:
+                    run.check_at_the_end()
+                raise
+            run.check_at_the_end()
     except UsageError as error:
         return report(error)
     return 0
-
-
-def _launch(options: argparse.Namespace, script: str, script_args: list[str]) -> None:
-    """Run the script with the hooks in place, and see to it that they did something."""
-    run = LaunchedRun(options)
-    with _logging_to_stderr(), hooked(run):
-        try:
-            _run(script, script_args)
-        except SystemExit as exit_:
-            if exit_.code in (None, 0) and "--help" not in script_args:
-                run.check_at_the_end()
-            raise
-        run.check_at_the_end()
 
 
 def _run(script: str, script_args: list[str]) -> None:
@@ -64,7 +58,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     """The launcher's options, the script, and the script's own arguments in their order."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
-    options, rest = parser.parse_known_args(argv[:end])
+    try:
+        options, rest = parser.parse_known_args(argv[:end])
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from None
     if not rest or rest[0].startswith("-"):
         given = f", not {rest[0]}" if rest else ""
         raise UsageError(f"timm-rdp launch takes the path of a script first{given}")
@@ -94,13 +91,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     return options, script, script_args
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="timm-rdp launch",
         usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-every N] [--rdp-seed N] ...",
         description="Run an unmodified training script with ResidualDroppath. The options below "
@@ -109,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "(--drop-path in timm's own). The optimizer's state holds that of the cycles.",
         add_help=False,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     group = add_rdp_args(parser)
     group.add_argument(
@@ -127,15 +120,14 @@ def _parser() -> argparse.ArgumentParser:
 def _logging_to_stderr() -> Iterator[None]:
     """Show this package's messages whatever the script does with its own logging."""
     logger = logging.getLogger("timm_rdp")
-    first_rank = int(os.environ.get("RANK", 0)) == 0
-    handler = logging.StreamHandler() if first_rank else logging.NullHandler()
+    before = logger.level, logger.propagate
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("timm-rdp: %(message)s"))
-    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.CRITICAL)
     logger.propagate = False
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = level, propagate
+        logger.level, logger.propagate = before

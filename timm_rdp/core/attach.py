@@ -1,0 +1,141 @@
+"""The iterations of a user's own loop, begun and ended by hooks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.model_patch import ModelPatch
+
+
+class AttachedLoop:
+    """Begins an iteration with a forward in train mode, and ends it with the optimizer's step.
+
+    One that no step has ended is set aside when validation or the next epoch begins: the model is
+    the user's again, and the next forward in train mode goes on with the same iteration.
+
+    Args:
+        controller: the ResidualDropPath.
+        optimizer: an optimizer, or one of Accelerate's, fastai's, SAM's or Lookahead's around it.
+        patch: what was changed in the model.
+
+    Raises:
+        ValueError: the optimizer cannot be followed, or holds none of the parameters.
+    """
+
+    def __init__(self, controller: Any, optimizer: Any, patch: ModelPatch):
+        self._controller = controller
+        self._optimizer = _stepped(optimizer)
+        self._parameters = [*patch.parameters.values()]
+        self._drop_paths: list[MaskedDropPath] = []
+        self._hooks: list[Any] = []
+        self.aside: Any = None  # the iteration that was set aside
+        self._versions, self._moves = 0, 0  # of the parameters during an iteration
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self._parameters):
+            raise ValueError(
+                f"this {type(optimizer).__name__} holds no parameter of the patched "
+                f"{type(controller.model).__name__}: pass the optimizer that trains it"
+            )
+
+    def hook(self, patch: ModelPatch, outermost: nn.Module) -> None:
+        """Begin iterations where the model, with its wrappers, is called, or its parts are."""
+        self.remove()
+        self._parameters = [*patch.parameters.values()]
+        self._drop_paths = [*patch.drop_paths.values()]
+        for module in self._drop_paths:
+            module._loop = self
+        for module in (outermost, *patch.beginning()):
+            hook = Hook(self._begin)
+            self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._drop_paths:
+            module._loop = None
+        self._hooks, self._drop_paths = [], []
+
+    def set_aside(self) -> None:
+        """Give the model back to the user until the next forward in train mode."""
+        it = self._controller._active
+        if it is not None and not it._entered_by_user:
+            self._controller._leave(completed=False, aside=True)
+            self.aside = it
+
+    def outside(self, module: nn.Module) -> None:
+        """A DropPath runs in train mode, but no iteration has begun."""
+        if self._controller._paused:
+            return
+        raise RuntimeError(
+            f"a {type(module).__name__} was run in training, but none of the modules that begin an "
+            "iteration: call the model itself, or write its iterations out (iteration()), or use "
+            "pause() where no step follows"
+        )
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        controller = self._controller
+        if controller._paused:
+            return
+        if not any(m.training for m in self._drop_paths):
+            self.set_aside()
+        elif torch.is_grad_enabled():
+            if controller._active is None:
+                controller._enter(controller.iteration())
+                self.aside, self._moves = None, 0
+                self._versions = sum(p._version for p in self._parameters)
+            elif not controller._active._entered_by_user:
+                self._check_that_steps_end_it()
+
+    def _check_that_steps_end_it(self) -> None:
+        versions = sum(p._version for p in self._parameters)
+        self._moves += versions != self._versions
+        self._versions = versions
+        if self._moves > 1:  # SAM moves the parameters once before its step
+            raise RuntimeError(
+                f"the parameters were moved {self._moves} times by no step() of the attached "
+                f"{type(self._optimizer).__name__}: attach the optimizer that moves them"
+            )
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        controller = self._controller
+        if controller._paused:
+            return
+        if controller._active is None and self.aside is not None:
+            controller._active, self.aside = self.aside, None
+        if controller._active is None:
+            if any(p.grad is not None for p in self._parameters):
+                raise RuntimeError(
+                    f"no iteration ran before this step: call the patched "
+                    f"{type(controller.model).__name__} in train mode, or use pause()"
+                )
+        elif not controller._active._entered_by_user:
+            # A fused optimizer under GradScaler skips an overflow within its step.
+            overflow = getattr(optimizer, "found_inf", None)
+            controller._leave(completed=overflow is None or not overflow.item())
+
+
+def _stepped(optimizer: Any) -> Optimizer:
+    """The optimizer whose own step() it is in the end that moves the parameters."""
+    inside = optimizer
+    while True:
+        names = ("optimizer", "opt", "base_optimizer", "_base_optimizer")
+        deeper = [o for n in names if (o := getattr(inside, n, None)) is not None]
+        if not deeper:
+            break
+        inside = deeper[0]
+    if not hasattr(inside, "_optimizer_step_post_hooks"):
+        raise ValueError(
+            f"a {type(inside).__name__} is no optimizer of torch, whose steps could be followed: "
+            "pass the one inside it, or write the iterations out (iteration())"
+        )
+    if isinstance(inside, LBFGS):
+        raise ValueError(
+            "LBFGS moves all parameters along one direction, frozen ones too: use an optimizer "
+            "that leaves parameters without a gradient alone"
+        )
+    return inside
