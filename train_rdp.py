@@ -3,7 +3,7 @@
 
 import sys
 
-from timm_rdp.training.train import main
+from timm_rdp.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

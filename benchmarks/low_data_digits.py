@@ -7,7 +7,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from timm_rdp.training.demo import prepare_demo
+from timm_rdp.training.dataset import prepare_demo
 
 
 def main() -> None:

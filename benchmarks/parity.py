@@ -42,6 +42,10 @@ NAFLEX = (
     "--model naflexvit_base_patch16_gap --model-kwargs embed_dim=32 depth=2 num_heads=2 "
     "--naflex-loader --naflex-train-seq-lens 4 9 --naflex-max-seq-len 4"
 )
+MULTILABEL = (
+    "--task multilabel --dataset hfds/{labels} --data-dir {cache} --target-key labels "
+    "--num-classes 4"
+)
 ADAMW = "--opt adamw --lr 1e-3 --weight-decay 0.05"
 SGD = "--opt sgd --lr 0.05"
 
@@ -54,11 +58,13 @@ class Case:
         name: says what it touches.
         flags: beside COMMON; {teacher} is a folder with a model, {data} the images.
         then: flags of a second run of both scripts that resumes the timm script's checkpoint.
+        swap: whether each script then runs on the args.yaml that the other one wrote.
     """
 
     name: str
     flags: str
     then: str = ""
+    swap: bool = False
 
 
 CASES = (
@@ -152,6 +158,40 @@ CASES = (
         f"{RESNET} {SGD} --epochs 1",
         then=f"{RESNET} {SGD} --epochs 3 --no-resume-opt --start-epoch 1 --sched-on-updates",
     ),
+    Case(
+        "multilabel, mixup in the prefetcher, EMA",
+        f"{VIT} {ADAMW} {MULTILABEL} --mixup 0.8 --smoothing 0.1 --model-ema",
+    ),
+    Case(
+        "multilabel, asymmetric loss, no prefetcher",
+        f"{RESNET} {SGD} {MULTILABEL} --loss asl "
+        "--no-prefetcher --mixup 0.2 --eval-metric micro_f1",
+    ),
+    Case(
+        "multilabel, several fields, weights",
+        f"{VIT} {SGD} {MULTILABEL} "
+        "--target-key odd,large,prime --num-classes 3 --loss-pos-weight 2 "
+        "--loss-class-weight 1,2,3",
+    ),
+    Case(
+        "multilabel, vectors, two-way loss",
+        f"{VIT} {SGD} {MULTILABEL} --target-key vector --target-format multihot --loss twoway",
+    ),
+    Case("multilabel, NaFlex, mixup", f"{NAFLEX} {ADAMW} {MULTILABEL} --mixup 0.8"),
+    Case("poly loss", f"{RESNET} {SGD} --loss poly --poly-epsilon 1"),
+    Case(
+        "each on the args.yaml of the other",
+        f"{VIT} {ADAMW} --mixup 0.5 --aa rand-m5-inc1 --sched wsd --decay-epochs 1 --drop-path 0.2 "
+        "--opt-betas 0.9 0.95 --clip-grad 1.0",
+        swap=True,
+    ),
+    Case("poly loss, mixup", f"{RESNET} {SGD} --loss poly --mixup 0.5"),
+    Case("warmup-stable-decay", f"{VIT} {ADAMW} --sched wsd --decay-epochs 1"),
+    Case(
+        "reciprocal square root, per update",
+        f"{VIT} {ADAMW} --sched rsqrt --sched-on-updates --lr-stable-timescale 0.5 --epochs 3",
+    ),
+    Case("constant schedule, layer decay", f"{VIT} {ADAMW} --sched constant --layer-decay 0.7"),
 )
 
 
@@ -173,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         write_digits(root / "data")
         write_teacher(root / "teacher")
+        write_labels(root / "labels", root / "data")
         width = max(len(case.name) for case in cases)
         print(f"timm {timm.__version__}, torch {torch.__version__}")
         print(f"{'case':{width}}  summary.csv  checkpoint", flush=True)
@@ -202,6 +243,26 @@ def write_digits(folder: Path, train: int = 112, validation: int = 48) -> None:
             Image.fromarray(grey).convert("RGB").resize((32, 32)).save(target / f"{index}.png")
 
 
+def write_labels(folder: Path, images: Path) -> None:
+    """Write the digits as a Hugging Face data set with several labels each."""
+    import datasets
+
+    for split in ("train", "validation"):
+        rows = [
+            {
+                "image": {"bytes": path.read_bytes(), "path": path.name},
+                "labels": [name for name, holds in enumerate(labels) if holds],
+                "vector": [float(holds) for holds in labels],
+                **dict(zip(("odd", "large", "prime"), labels, strict=False)),
+            }
+            for path in sorted((images / split).rglob("*.png"))
+            for digit in [int(path.parent.name)]
+            for labels in [[digit % 2 == 1, digit > 4, digit in (2, 3, 5, 7), digit % 3 == 0]]
+        ]
+        data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
 def write_teacher(folder: Path) -> None:
     """Write a small model, with random weights, that `local-dir:` finds."""
     torch.manual_seed(1)
@@ -228,6 +289,12 @@ def compare(case: Case, root: Path, number: int, script: Path) -> tuple[str, str
             if error := run(command, flags, root / f"{number}-{who}", "then", root):
                 return who, error
             folders[who] = root / f"{number}-{who}" / "then"
+    if case.swap:
+        for who, other in (("timm", "ours"), ("ours", "timm")):
+            flags = f"-c {root / f'{number}-{other}' / 'first' / 'args.yaml'}"
+            if error := run(commands[who], flags, root / f"{number}-{who}", "then", root):
+                return who, error
+            folders[who] = root / f"{number}-{who}" / "then"
     return compare_folders(folders["timm"], folders["ours"])
 
 
@@ -235,7 +302,8 @@ def run(command: list[str], flags: str, folder: Path, experiment: str, root: Pat
     """Run one script; its last words where it fails, else nothing."""
     folder.mkdir(exist_ok=True)
     flags = f"{COMMON} {flags} --output {folder} --experiment {experiment}"
-    arguments = flags.format(data=root / "data", teacher=root / "teacher", none="NONE").split()
+    places = {name: root / name for name in ("data", "teacher", "labels", "cache")}
+    arguments = flags.format(**places, none="NONE").split()
     arguments = ["" if a == "NONE" else a for a in arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(

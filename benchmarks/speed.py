@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath, skip_dropped
-from timm_rdp.study.compare.flops import FlopCounter
+from timm_rdp.study.compare.cost import flop_counter
 
 ROWS = (
     ("vit_small_patch16_224", 0.1),
@@ -207,10 +207,10 @@ def predict(
     data = tuple(t.to("meta") for t in batch(args, model))
 
     def flops() -> int:
-        with FlopCounter() as counter:
+        with flop_counter() as counter:
             F.cross_entropy(model(data[0]), data[1]).backward()
         model.zero_grad()
-        return counter.flops
+        return counter.get_total_flops()
 
     base = flops()
     rdp = ResidualDropPath(model)

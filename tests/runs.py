@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from timm_rdp.core.versions import safe_globals
 from timm_rdp.training import loop, train
 
 VIT = ("--model", "test_vit", "--img-size", "32", "--model-kwargs", "img_size=32", "depth=3")
@@ -38,7 +39,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def checkpoint(folder: Path, name: str = "last.pth.tar") -> dict:
     """A run's checkpoint."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with safe_globals([argparse.Namespace]):
         return torch.load(folder / name, weights_only=True)
 
 

@@ -48,11 +48,22 @@ def test_every_public_name_is_imported_when_it_is_used():
         timm_rdp.no_such_name  # noqa: B018
 
 
-def test_only_subcommands_that_exist_are_listed(capsys, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "fly", ("timm_rdp.no_such_module", "not there"))
-    cli.main([])
-    assert "fly" not in capsys.readouterr().out
-    assert cli.main(["fly"]) == 2
+def test_the_list_of_subcommands_needs_no_torch():
+    code = "import sys; from timm_rdp.cli import main; main([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_timm_too_old_for_training_is_named_in_one_line():
+    code = (
+        "import sys, timm; timm.__version__ = '1.0.30'\n"
+        "from timm_rdp import ResidualDropPath\n"
+        "from timm_rdp.cli import main; sys.exit(main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: timm-rdp train needs timm 1.0.31 or newer, this is 1.0.30: pip install -U timm\n"
+    )
 
 
 def test_an_unknown_subcommand_names_the_nearest(capsys):

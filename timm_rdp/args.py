@@ -1,54 +1,89 @@
-"""The --rdp options, for any timm-style training script."""
+"""The --rdp options, for any timm-style training script, and the parser of our own commands."""
 
 import argparse
 import logging
-from typing import Any
+import math
+import shlex
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from torch import nn
 
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.core.skip_dropped import skip_dropped
+from timm_rdp.errors import UsageError, nearest
 
 _logger = logging.getLogger(__name__)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError where argparse would print its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [f for action in self._actions for f in action.option_strings]
+            close = nearest(unknown.split(" ")[0].split("=")[0], flags)
+            raise UsageError(f"unknown flag or argument: {unknown!r}{close or ' (see --help)'}")
+        raise UsageError(message.removeprefix("argument ").replace(": ", " ", 1) + " (see --help)")
+
+
+def number(
+    kind: type[int] | type[float], rule: str = "", holds: Callable[[float], bool] = lambda x: True
+) -> Callable[[str], float]:
+    """Return a `type=` of argparse: finite numbers, for which `holds` what `rule` says."""
+    what = f"a {'whole ' if kind is int else ''}number {rule}".strip()
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (-math.inf < value < math.inf and holds(value)):
+            raise argparse.ArgumentTypeError(f"{shlex.quote(text)} must be {what}")
+        return value
+
+    return convert
+
+
+def show_defaults(parser: Parser) -> Parser:
+    """Give the flags' help texts their defaults, and N or TEXT where they name no value."""
+    for action in parser._actions:
+        if action.nargs != 0 and not (action.choices or action.metavar):
+            action.metavar = "N" if action.type else "TEXT"
+        if action.nargs != 0 and action.default and "default: " not in str(action.help):
+            action.help = f"{action.help} (default: %(default)s)"
+    return parser
 
 
 def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the option group `ResidualDroppath` to a parser, and return the group."""
     group = parser.add_argument_group("ResidualDroppath")
-    group.add_argument(
-        "--rdp",
-        action="store_true",
-        help="train with ResidualDroppath (arXiv 2411.09475)",
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--rdp", action="store_true", help="train with ResidualDroppath (arXiv 2411.09475)")
+    add(
         "--rdp-batch",
         choices=("same", "next"),
         default="same",
         help="same: each batch gets a droppath and a complement iteration; "
         "next: batches alternate between them (default: same)",
     )
-    group.add_argument(
+    add(
         "--rdp-every",
-        type=int,
+        type=number(int, "of at least 1", lambda n: n >= 1),
         default=1,
         metavar="N",
         help="a complement iteration follows only every N-th droppath iteration (default: 1)",
     )
-    group.add_argument(
+    add(
         "--rdp-start-epoch",
-        type=int,
+        type=number(int, "of at least 0", lambda n: n >= 0),
         default=0,
         metavar="N",
         help="train with timm's own DropPath before epoch N (default: 0)",
     )
-    group.add_argument(
-        "--rdp-seed",
-        type=int,
-        default=None,
-        metavar="N",
-        help="seed of the masks (default: --seed)",
-    )
-    group.add_argument(
+    add("--rdp-seed", type=int, metavar="N", help="seed of the masks (default: --seed)")
+    add(
         "--skip-dropped",
         action="store_true",
         help="without --rdp: compute what timm's per-sample DropPath keeps, and nothing else",

@@ -51,7 +51,8 @@ def refused_with(what: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """An exception's message in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}"
 
 
 def report(error: UsageError | TrainingError) -> int:

@@ -87,7 +87,6 @@ def test_drop_paths_that_are_left_to_timm_are_named_once(caplog):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--rdp", "--rdp-every", "0"), "every=0 must be 1 or more"),
         (("--rdp", "--skip-dropped"), "--skip-dropped cannot be combined with --rdp"),
     ],
 )
@@ -98,7 +97,14 @@ def test_options_out_of_place_are_one_line(argv, message):
 
 
 @pytest.mark.parametrize(
-    "argv", [("--rdp-batch", "both"), ("--rdp-every", "often"), ("--rdp-seed", "1.5")]
+    "argv",
+    [
+        ("--rdp-batch", "both"),
+        ("--rdp-every", "often"),
+        ("--rdp-every", "0"),
+        ("--rdp-start-epoch", "-1"),
+        ("--rdp-seed", "1.5"),
+    ],
 )
 def test_values_that_do_not_parse_end_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -1,9 +1,9 @@
 """`timm-rdp compare`: what it runs, what it makes of the results, and what it refuses."""
 
-import argparse
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,9 +29,9 @@ from timm_rdp.study.compare import grid as compare_grid
 from timm_rdp.study.compare import main as compare
 from timm_rdp.study.compare import report as compare_report
 from timm_rdp.study.compare import runs as compare_runs
-from timm_rdp.study.compare.flops import FlopCounter
+from timm_rdp.study.compare.cost import flop_counter
+from timm_rdp.study.compare.results import holm, mean_of, paired_p
 from timm_rdp.study.compare.runs import Cell
-from timm_rdp.study.compare.stats import holm, mean_of, paired_p
 from timm_rdp.training import train
 
 # Saves every batch of the last epoch as an image.
@@ -205,11 +205,13 @@ def test_variants_differ_in_their_drop_path_alone(stubbed):
     }
 
 
-def test_plain_has_no_drop_path_even_where_the_model_has_one_by_default():
+def test_plain_has_no_drop_path_even_where_the_model_has_one_by_default(digits_folder, tmp_path):
     assert any(
         isinstance(m, DropPath) for m in timm.create_model("swin_tiny_patch4_window7_224").modules()
     )
-    rate = float(compare_runs.variant_flags("plain", None, argparse.Namespace())[1])
+    options, _ = compare_grid.read_recipe(recipe(digits_folder), ["plain"])
+    flags = compare_runs.training_of(Cell("plain", None, 0), tmp_path, options, {}).flags
+    rate = float(flags[flags.index("--drop-path") + 1])
     model = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=rate)
     assert not any(isinstance(m, DropPath) for m in model.modules())
 
@@ -342,8 +344,9 @@ def test_two_comparisons_do_not_work_in_one_folder(finished, capsys):
 # droppath-matched, and what runs cost
 
 
-def spent(rate: float, cycles: int) -> tuple[int, list[int], list[int]]:
-    """FLOPs of real passes of 16 images: of a plain update, and of seed 0's first cycles."""
+def spent(rate: float, cycles: int) -> tuple[float, float, float, float]:
+    """FLOPs of real passes of 16 images: of a plain update, and of the mean iteration of each phase
+    in seed 0's first cycles; and the share of cycles in which something is dropped."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, num_classes=10, drop_path_rate=rate).train()
     images = torch.randn(16, 3, 32, 32)
@@ -361,8 +364,10 @@ def spent(rate: float, cycles: int) -> tuple[int, list[int], list[int]]:
         for it in rdp.cycle():
             with it:
                 phases[it.phase].append(flops())
-    assert len(phases["complement"]) in range(1, cycles + 1)
-    return update, phases["droppath"], phases["complement"]
+    droppath, complement = (sum(own) / len(own) for own in phases.values())
+    # Two paths in each of six blocks, whose rates rise linearly.
+    none = math.prod((1 - rate * i / 5) ** 2 for i in range(6))
+    return update, droppath, complement, 1 - none
 
 
 @pytest.mark.parametrize("every, start", [(1, 0), (2, 0), (1, 4)])
@@ -371,15 +376,15 @@ def test_matched_epochs_cost_the_flops_that_rdp_costs(
 ):
     epochs, cycles = 40, 6
     monkeypatch.setattr(compare_cost, "FLOP_CYCLES", cycles)
-    monkeypatch.setattr(compare_cost, "UPDATE_CYCLES", cycles)
     more = f"--epochs {epochs} --rdp-every {every} --rdp-start-epoch {start}".split()
     options, _ = compare_grid.read_recipe([*recipe(digits_folder), *more], ["rdp"])
     grid = compare_grid.same_grid(stubbed.output, options)
-    compare_grid.check_runs(options, ["rdp", "droppath"], [0.3], 0, stubbed.output, grid)
-    update, droppath, complement = spent(0.3, cycles)
-    per_cycle = (sum(droppath) + sum(complement) / every) / cycles
+    variants = ["rdp", "droppath", "droppath-matched"]
+    compare_grid.check_runs(options, variants, [0.3], grid)
+    update, droppath, complement, share = spent(0.3, cycles)
+    per_cycle = droppath + share * complement / every
     expected = round(start + (epochs - start) * per_cycle / update)
-    assert compare_grid.settle_matched(grid, options, 0.3) == expected > epochs
+    assert grid["matched_epochs"]["0.3"] == expected > epochs
 
 
 def test_matched_epochs_once_settled_hold_for_later_seeds(stubbed):
@@ -405,19 +410,18 @@ def test_warmup_before_and_cooldown_after_the_schedule_count_as_epochs(digits_fo
 def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch, digits_folder):
     cycles = 6
     monkeypatch.setattr(compare_cost, "FLOP_CYCLES", cycles)
-    monkeypatch.setattr(compare_cost, "UPDATE_CYCLES", cycles)
     options, _ = compare_grid.read_recipe(recipe(digits_folder), ["rdp"])
     grid = compare_grid.same_grid(stubbed.output, options)
     variants = ["plain", "droppath", "rdp"]
-    compare_grid.check_runs(options, variants, [0.4], 0, stubbed.output, grid)
-    update, droppath, complement = spent(0.4, cycles)
-    both = sum(droppath) + sum(complement)
+    compare_grid.check_runs(options, variants, [0.4], grid)
+    update, droppath, complement, share = spent(0.4, cycles)
+    both = droppath + share * complement
     expected = {  # of 3 epochs of 5 batches
         "plain": 15 * update,
         "droppath": 15 * update,
-        "droppath-batch": 15 * sum(droppath) / cycles,
-        "rdp": 15 * both / cycles,
-        "rdp-next": 15 * both / (cycles + len(complement)),
+        "droppath-batch": 15 * droppath,
+        "rdp": 15 * both,
+        "rdp-next": 15 * both / (1 + share),
     }
     for variant, value in expected.items():
         rate = None if variant == "plain" else 0.4
@@ -425,13 +429,13 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
         assert counted == pytest.approx(value, rel=0.01), variant
     grid["options"]["rdp_start_epoch"] = 2
     late = compare_grid.flops_of_epochs(grid, "rdp", 0.4, 3)
-    assert late == pytest.approx(10 * update + 5 * both / cycles, rel=0.01)
+    assert late == pytest.approx(10 * update + 5 * both, rel=0.01)
 
 
 def counted(module: nn.Module, x: torch.Tensor) -> int:
-    with FlopCounter() as counter:
+    with flop_counter() as counter:
         module(x).sum().backward()
-    return counter.flops
+    return counter.get_total_flops()
 
 
 class Apart(nn.Module):
@@ -475,9 +479,9 @@ def test_a_model_without_groups_costs_what_torch_counts(name):
 def test_a_depthwise_models_backward_costs_twice_its_forward(name):
     model = timm.create_model(name).to("meta")
     images = torch.empty(2, *model.default_cfg["input_size"], device="meta", requires_grad=True)
-    with FlopCounter() as forward:
+    with flop_counter() as forward:
         model(images)
-    assert counted(model, images) == pytest.approx(3 * forward.flops, rel=0.01)
+    assert counted(model, images) == pytest.approx(3 * forward.get_total_flops(), rel=0.01)
 
 
 def test_a_model_whose_operations_cannot_be_counted_is_compared_without(
@@ -499,25 +503,25 @@ def test_a_model_whose_operations_cannot_be_counted_is_compared_without(
 
 
 def test_mean_interval_and_paired_test_by_hand():
-    m = mean_of([1.0, 2.0, 3.0])
-    assert (m.n, m.mean, m.sd) == (3, 2.0, 1.0)
+    *values, low, high = mean_of([1.0, 2.0, 3.0])
+    assert values == [3, 2.0, 1.0]
     half = 4.302652729911275 / 3**0.5  # t of 2 degrees of freedom, 97.5 %
-    assert (m.low, m.high) == pytest.approx((2 - half, 2 + half))
+    assert (low, high) == pytest.approx((2 - half, 2 + half))
     # t = 2 sqrt(3); with 2 degrees of freedom p = 1 - t / sqrt(2 + t^2)
     t = 2 * 3**0.5
     p = 1 - t / (2 + t * t) ** 0.5
-    assert paired_p([11.0, 22.0, 33.0], [10.0, 20.0, 30.0]) == pytest.approx(p)
+    assert paired_p([1.0, 2.0, 3.0]) == pytest.approx(p)
 
 
 def test_one_value_or_none_has_no_interval_and_one_pair_no_test():
-    assert (mean_of([5.0]).mean, mean_of([5.0]).low) == (5.0, None)
-    assert (mean_of([]).n, mean_of([]).mean) == (0, None)
-    assert paired_p([1.0], [2.0]) is None and paired_p([], []) is None
+    assert mean_of([5.0]) == (1, 5.0, None, None, None)
+    assert mean_of([]) == (0, None, None, None, None)
+    assert paired_p([1.0]) is None and paired_p([]) is None
 
 
 def test_equal_differences_are_no_certainty():
-    assert paired_p([1.0, 2.0], [1.0, 2.0]) == 1.0
-    assert paired_p([1.1, 2.1, 3.1], [1.0, 2.0, 3.0]) is None  # t would be infinite
+    assert paired_p([0.0, 0.0]) == 1.0
+    assert paired_p([1.1 - 1.0, 2.1 - 2.0, 3.1 - 3.0]) is None  # t would be infinite
 
 
 def test_holm_by_hand():
@@ -754,13 +758,13 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     from matplotlib.text import Text
 
     output = scored
-    drawn = []
+    boxes = {}  # saving lays out first, then draws
     original = Text.draw
 
     def record(self, renderer):
         original(self, renderer)
         if self.get_text() and self.get_visible():
-            drawn.append((self.get_text(), self.get_window_extent(renderer)))
+            boxes[self] = (self.get_text(), self.get_window_extent(renderer))
 
     monkeypatch.setattr(Text, "draw", record)
     kept = []
@@ -772,6 +776,10 @@ def test_the_figure_shows_every_seed_and_what_is_missing(scored, monkeypatch):
     shown = sorted(y for line in dots for y in line.get_ydata())
     done = [float(r["top1"]) for r in read(output / "runs.csv") if r["status"] == "done"]
     assert shown == sorted(done)
+    for line in dots:
+        places = line.get_transform().transform(line.get_xydata())
+        assert all(axes.bbox.contains(*place) for place in places), line.get_xydata()
+    drawn = list(boxes.values())
     texts = [text for text, _ in drawn]
     assert "rdp: 1 diverged" in texts and set(SCORES) <= set(texts)
     for (one, a), (other, b) in itertools.combinations(drawn, 2):
@@ -795,11 +803,14 @@ def test_intervals_that_leave_the_frame_are_said_to_be_cut(stubbed, scores, cut,
     assert ("cut off" in kept[0].get_suptitle()) == cut
 
 
-def test_runs_are_found_by_name_and_other_folders_left_alone():
-    for cell in (Cell("plain", None, 3), Cell("droppath-matched", 1e-5, 0), Cell("rdp", 0.1, 12)):
-        assert compare_runs.cell_of_name(cell.name) == cell
-    for name in ("plain-0.1-seed3", "rdp-seed1", "rdpx-0.1-seed1", "rdp-0.1-seed1.old", "notes"):
-        assert compare_runs.cell_of_name(name) is None
+def test_runs_are_found_by_name_and_other_folders_left_alone(finished):
+    cells = [Cell("plain", None, 3), Cell("droppath-matched", 1e-5, 0), Cell("rdp", 0.1, 12)]
+    assert compare_runs.cells_of([cell.name for cell in cells]) == cells
+    table = (finished.output / "table.md").read_bytes()
+    for name in ("plain-0.1-seed3", "rdp-seed1", "rdpx-0.1-seed1", "rdp-0.1-seed0.old", "notes"):
+        shutil.copytree(finished.output / "runs" / "rdp-0.1-seed0", finished.output / "runs" / name)
+    assert compare.main(["--report", str(finished.output)]) == 0
+    assert (finished.output / "table.md").read_bytes() == table
 
 
 # What is refused
@@ -810,12 +821,12 @@ def test_runs_are_found_by_name_and_other_folders_left_alone():
     [
         (["--variants", "rdp", "rpd-next"], ("--variants", "'rpd-next'", "rdp-next")),
         (["--variants", "rdp", "rdp"], ("--variants", "twice")),
-        (["--seeds", "0"], ("--seeds 0", "1 or more")),
-        (["--seeds", "two"], ("--seeds", "'two'")),
-        (["--first-seed", "-1"], ("--first-seed -1", "0 or more")),
-        (["--jobs", "0"], ("--jobs 0", "1 or more")),
-        (["--drop-paths", "0"], ("--drop-paths 0.0", "plain")),
-        (["--drop-paths", "1.0"], ("--drop-paths 1.0", "between 0 and 1")),
+        (["--seeds", "0"], ("--seeds 0", "at least 1")),
+        (["--seeds", "two"], ("--seeds two", "whole number")),
+        (["--first-seed", "-1"], ("--first-seed -1", "between 0 and")),
+        (["--jobs", "0"], ("--jobs 0", "at least 1")),
+        (["--drop-paths", "0"], ("--drop-paths 0 ", "plain")),
+        (["--drop-paths", "1.0"], ("--drop-paths 1.0", "above 0 and below 1")),
         (["--drop-paths", "0.1", "0.1"], ("--drop-paths", "twice")),
         (["--seed", "3"], ("--seed ", "--first-seed")),
         (["--rdp"], ("--rdp ", "--variants")),
@@ -883,7 +894,10 @@ def test_a_folder_with_results_of_something_else_is_refused(stubbed, capsys):
     assert (stubbed.output / "table.md").read_text() == "mine"
     (stubbed.output / "grid.json").write_text("{}")
     assert stubbed("--seeds", 1) == 2
-    assert "grid.json cannot be used, name another folder: 'options'" in capsys.readouterr().err
+    assert (
+        "grid.json cannot be used, name another folder: KeyError 'options'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])

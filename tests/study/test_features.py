@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import write_digits
 from timm.layers import DropPath
+from torch.utils.data import DataLoader
 
 from timm_rdp.study.features import layers, models
 from timm_rdp.study.features import main as features
-from timm_rdp.study.features.images import Images
 from timm_rdp.study.features.similarity import cka_matrix, effective_rank
 
 SMALL = ["--img-size", "64", "--num-images", "20", "--batch-size", "8", "--device", "cpu"]
@@ -24,16 +24,16 @@ SMALL = ["--img-size", "64", "--num-images", "20", "--batch-size", "8", "--devic
 def vit():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=64, num_classes=10, drop_path_rate=0.1).eval()
-    models.fill_drop_path_slots(model)
-    return model, models.trace("test_vit", model, (3, 64, 64))
+    return model, models.find_paths("test_vit", model, (3, 64, 64))
 
 
 def images_of(folder, count=20):
     cfg = timm.get_pretrained_cfg("test_vit")
     look = {"mean": cfg.mean, "std": cfg.std, "interpolation": cfg.interpolation}
     transform = timm.data.create_transform((3, 64, 64), crop_pct=1.0, **look)
-    batches = list(Images(str(folder), count, 0).batches(count, transform, "RGB"))
-    return batches[0]
+    images, _ = models.choose_images(str(folder), count, 0)
+    images.dataset.transform = transform
+    return next(iter(DataLoader(images, count)))
 
 
 def save_checkpoint(path, seed, model="test_vit", **extra):
@@ -53,39 +53,40 @@ def test_every_block_has_paths_also_the_first_whose_rate_is_zero(vit):
     model, paths = vit
     expected = [f"blocks.{i}.drop_path{j}" for i in range(len(model.blocks)) for j in (1, 2)]
     assert [path.name for path in paths] == expected
-    assert list(layers.blocks_of(model, paths)) == [f"blocks.{i}" for i in range(len(model.blocks))]
+    assert list(layers.choose(model, paths, None)[1]) == [
+        f"blocks.{i}" for i in range(len(model.blocks))
+    ]
     assert all(type(path.module) is DropPath for path in paths)  # nothing is left patched
 
 
-def test_recorded_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
+def test_observed_features_equal_the_blocks_computed_by_hand(vit, digits_folder):
     model, paths = vit
     x, _ = images_of(digits_folder)
-    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 20)
+    output, found = layers.run_observed(model, x, paths, layers.choose(model, paths, None)[1])
     with torch.no_grad():
-        assert torch.equal(recorder(x[:8]), model(x[:8]))
-        recorder(x[8:])
+        assert torch.equal(output, model(x))
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    assert next(iter(recorder.blocks)) == layers.INPUT
-    torch.testing.assert_close(recorder.blocks[layers.INPUT], tokens.mean(1).detach())
+    assert next(iter(found)) == ("blocks", layers.INPUT)
+    torch.testing.assert_close(found["blocks", layers.INPUT], tokens.mean(1).detach())
     with torch.no_grad():
         for i, block in enumerate(model.blocks):
             first = block.ls1(block.attn(block.norm1(tokens)))
             second = block.ls2(block.mlp(block.norm2(tokens + first)))
             tokens = tokens + first + second
             for name, value in ((f"drop_path{j + 1}", v) for j, v in enumerate((first, second))):
-                recorded = recorder.paths[f"blocks.{i}.{name}"]
-                torch.testing.assert_close(recorded, value.mean(1), rtol=1e-4, atol=1e-5)
+                pooled = found["paths", f"blocks.{i}.{name}"]
+                torch.testing.assert_close(pooled, value.mean(1), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(
-                recorder.blocks[f"blocks.{i}"], tokens.mean(1), rtol=1e-4, atol=1e-5
+                found["blocks", f"blocks.{i}"], tokens.mean(1), rtol=1e-4, atol=1e-5
             )
 
 
-def test_recorder_leaves_no_hook_behind(vit):
+def test_observing_leaves_no_hook_behind(vit):
     model, paths = vit
-    recorder = layers.Recorder(model, paths, layers.blocks_of(model, paths), 1)
-    recorder(torch.zeros(1, 3, 64, 64))
+    observe = lambda x: layers.run_observed(model, x, paths, layers.choose(model, paths, None)[1])
+    observe(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError):
-        recorder(torch.zeros(1, 1, 1))
+        observe(torch.zeros(1, 1, 1))
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     assert not any(a or b for a, b in hooks)
 
@@ -95,16 +96,12 @@ def test_a_module_called_twice_gives_two_layers():
     model = timm.create_model(
         "resmlp_12_224", img_size=32, num_classes=4, drop_path_rate=0.1
     ).eval()
-    models.fill_drop_path_slots(model)
-    paths = models.trace("resmlp_12_224", model, (3, 32, 32))
-    x = torch.randn(4, 3, 32, 32)
-    recorder = layers.Recorder(model, paths, {}, 4)
-    with torch.no_grad():
-        recorder(x)
+    paths = models.find_paths("resmlp_12_224", model, (3, 32, 32))
+    _, found = layers.run_observed(model, torch.randn(4, 3, 32, 32), paths, {})
     names = [path.name for path in paths]
     assert names[:2] == ["blocks.0.drop_path#0", "blocks.0.drop_path#1"]
-    assert list(recorder.paths) == names
-    assert not torch.equal(recorder.paths[names[0]], recorder.paths[names[1]])
+    assert list(found) == [("paths", name) for name in names]
+    assert not torch.equal(found["paths", names[0]], found["paths", names[1]])
 
 
 def test_channels_stay_and_positions_are_pooled_in_every_layout():
@@ -146,11 +143,10 @@ def test_only_the_chosen_call_of_a_shared_module_is_dropped():
     model = timm.create_model(
         "resmlp_12_224", img_size=32, num_classes=4, drop_path_rate=0.1
     ).eval()
-    models.fill_drop_path_slots(model)
     for block in model.blocks:  # layer scale starts near zero and would hide a dropped path
         block.ls1.data.fill_(1)
         block.ls2.data.fill_(1)
-    paths = models.trace("resmlp_12_224", model, (3, 32, 32))
+    paths = models.find_paths("resmlp_12_224", model, (3, 32, 32))
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         with layers.dropped(model, paths[3]):
@@ -268,10 +264,40 @@ def test_layers_can_be_chosen_by_name_and_pattern(vit):
 
 
 def test_images_are_a_function_of_the_seed_and_taken_from_validation(digits_folder):
-    one, two, three = (Images(str(digits_folder), 16, seed) for seed in (0, 0, 1))
-    assert one.classes == 10 and len(one) == 16
-    assert one.chosen.tolist() == two.chosen.tolist() != three.chosen.tolist()
-    assert len(Images(str(digits_folder), 1000, 0)) == 40
+    choose = lambda count, seed: models.choose_images(str(digits_folder), count, seed)
+    (one, classes), (two, _), (three, _) = choose(16, 0), choose(16, 0), choose(16, 1)
+    assert classes == 10 and len(one) == 16
+    assert one.indices == two.indices != three.indices
+    assert len(choose(1000, 0)[0]) == 40
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_as_many_channels_as_the_network_takes(channels, digits_folder, tmp_path):
+    torch.manual_seed(5)
+    model = timm.create_model("test_vit", num_classes=10, in_chans=channels).eval()
+    args = argparse.Namespace(model="test_vit", num_classes=10, in_chans=channels, crop_pct=1.0)
+    content = {"args": args, "state_dict": model.state_dict()}
+    torch.save(content, tmp_path / "c.pth")
+    argv = ["--model", "test_vit", "--data-dir", str(digits_folder), "--num-images", "20"]
+    argv += ["--checkpoint", str(tmp_path / "c.pth"), "--no-importance", "--device", "cpu"]
+    assert features.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    images, _ = models.choose_images(str(digits_folder), 20, 0)
+    images.dataset.input_img_mode = {1: "L", 4: "RGBA"}[channels]
+    size = (channels, 160, 160)
+    images.dataset.transform = timm.data.create_transform(
+        size, crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * channels, std=(0.5,) * channels
+    )
+    x, y = next(iter(DataLoader(images, 20)))
+    with torch.no_grad():
+        loss = F.cross_entropy(model(x), y).item()
+    assert f"loss {loss:.4f}" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_channels_that_no_image_has_are_refused(digits_folder, tmp_path, capsys):
+    argv = ["--model", "test_vit", "--data-dir", str(digits_folder), *SMALL]
+    assert "--in-chans 5: images have 1, 3 or 4" in refused(
+        capsys, tmp_path, *argv, "--in-chans", "5"
+    )
 
 
 def refused(capsys, tmp_path, *argv: str) -> str:
@@ -292,7 +318,7 @@ def test_a_checkpoint_of_another_model_is_refused(digits_folder, tmp_path, capsy
     bare = tmp_path / "bare.pth"
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), bare)
     line = refused(capsys, tmp_path, *argv, str(bare))
-    assert "does not fit --model test_vit" in line and "Missing key(s)" in line
+    assert "does not fit --model test_vit" in line and "are missing, unknown or of" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, {"epoch": 3}])
@@ -333,7 +359,7 @@ def test_too_few_images_for_cka_are_refused(tmp_path, capsys):
     write_digits(tmp_path / "data", range(3))  # 12 validation images
     argv = ["--model", "test_vit", "--data-dir", str(tmp_path / "data")]
     assert "has 12 validation images: too few" in refused(capsys, tmp_path, *argv)
-    assert "--num-images: 5 must be 16 or more" in refused(
+    assert "--num-images 5 must be a whole number of at least 16" in refused(
         capsys, tmp_path, *argv, "--num-images", "5"
     )
 
@@ -366,7 +392,7 @@ def test_a_missing_or_unsplit_folder_is_refused(tmp_path, capsys):
     argv = ["--model", "test_vit", "--data-dir"]
     assert "does not exist" in refused(capsys, tmp_path, *argv, str(tmp_path / "no"))
     (tmp_path / "empty").mkdir()
-    assert "no validation images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
+    assert "holds no images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
     write_digits(tmp_path / "half", range(10), val=0)
     assert "no validation/ folder" in refused(capsys, tmp_path, *argv, str(tmp_path / "half"))
 
@@ -383,10 +409,10 @@ def test_a_device_that_is_not_there_and_missing_matplotlib_are_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--batch-size", "0"], ["--batch-size", "0 must be 1 or more"]),
-        (["--img-size", "-1"], ["--img-size", "-1 must be 1 or more"]),
-        (["--seed", "-1"], ["--seed", "-1 must be 0 or more"]),
-        (["--num-classes", "ten"], ["--num-classes", "invalid int value: 'ten'"]),
+        (["--batch-size", "0"], ["--batch-size 0 must be a whole number of at least 1"]),
+        (["--img-size", "-1"], ["--img-size -1 must be a whole number of at least 1"]),
+        (["--seed", "-1"], ["--seed -1 must be a whole number between 0 and"]),
+        (["--num-classes", "ten"], ["--num-classes ten must be a whole number"]),
         (["--pool", "least"], ["--pool", "'least'", "first"]),
         (
             ["--pretrained", "--checkpoint", "x.pth"],

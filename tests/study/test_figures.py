@@ -43,14 +43,13 @@ def draw_similarities(toy_features):
 def draw_training_strip(toy_features):
     _, y, features = toy_features
     histograms = toy_figures.node_histograms(features["blocks"], y)
-    return toy_figures.training_strip([(i, 0.5, histograms) for i in range(6)], "blocks")
+    return toy_figures.training([(i, 0.5, histograms) for i in range(6)], "blocks")
 
 
 def draw_training_frame(toy_features):
     _, y, features = toy_features
-    return toy_figures.training_frame(
-        7, 0.75, toy_figures.node_histograms(features["paths"], y), "paths"
-    )
+    histograms = toy_figures.node_histograms(features["paths"], y)
+    return toy_figures.training([(7, 0.75, histograms)], "paths")
 
 
 def draw_scores(_):
@@ -60,10 +59,11 @@ def draw_scores(_):
 
 def draw_algorithm(_):
     rows = [
-        algorithm.PathRow(f"layer{i}.0.drop_path", 0.1, i % 9 != 0, 100, 100 * (i % 9 == 0))
-        for i in range(50)  # three lines of boxes
+        {"name": f"layer{i}.0.drop_path", "kept": i % 9 != 0, "trained_in_complement": i % 9 == 0}
+        for i in range(50)
     ]
-    return algorithm.draw(algorithm.CycleOfModel("resnet", 3, rows, 9000, 8000, 600))
+    counts = {"parameters": 9000, "trained_in_droppath": 8000, "trained_in_complement": 600}
+    return algorithm.draw({"model": "resnet", "cycle": 3, "rows": rows, **counts})
 
 
 def draw_similarity_grid(toy_features):
@@ -96,7 +96,7 @@ DRAWINGS = [value for name, value in sorted(globals().items()) if name.startswit
 
 @pytest.mark.parametrize("draw", DRAWINGS, ids=lambda f: f.__name__.removeprefix("draw_"))
 def test_every_figure_renders_headless_and_is_not_blank(draw, toy_features, tmp_path):
-    figures.save(draw(toy_features), tmp_path / "figure.png")
+    draw(toy_features).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size < 200_000
     with Image.open(tmp_path / "figure.png") as image:
         assert image.width <= 1000
@@ -122,7 +122,7 @@ def test_no_text_of_a_figure_overlaps_another_or_leaves_it(draw, toy_features, m
 
     figure = draw(toy_features)
     monkeypatch.setattr(Text, "draw", record)
-    figures.pixels(figure)
+    figure.canvas.draw()
     assert len(drawn) >= 5
     for text, box in drawn.items():
         inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1
@@ -140,7 +140,7 @@ def test_figures_need_no_display_and_leave_pyplot_alone():
         "import sys, torch\n"
         "from timm_rdp.study import figures\n"
         "from timm_rdp.study.spiral import toy, figures as toy_figures\n"
-        "figures.pixels(toy_figures.spirals(*toy.two_spirals(40, 0.02, 1.5, 0)))\n"
+        "toy_figures.spirals(*toy.two_spirals(40, 0.02, 1.5, 0)).canvas.draw()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     hidden = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
@@ -175,6 +175,7 @@ def test_overlap_of_equal_distributions_is_one_and_of_disjoint_ones_zero():
 def test_saved_png_holds_the_rendered_pixels(toy_features):
     figure = draw_spirals(toy_features)
     file = io.BytesIO()
-    figures.save(figure, file)
+    figure.savefig(file)
     with Image.open(file) as image:
-        assert np.array_equal(np.asarray(image.convert("RGB")), figures.pixels(figure))
+        figure.canvas.draw()
+        assert np.array_equal(np.asarray(image), np.asarray(figure.canvas.buffer_rgba()))

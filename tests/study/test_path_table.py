@@ -1,6 +1,8 @@
 """`timm-rdp paths`: the table says what the model's own parameters say."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -126,6 +128,23 @@ def test_an_image_size_changes_only_what_depends_on_it(capsys):
     )
 
 
+def test_model_arguments_are_those_of_the_model(capsys):
+    name = "vit_tiny_patch16_224"
+    kwargs = ("--img-size", "64", "--model-kwargs", "depth=3", "in_chans=1")
+    table = table_of(capsys, "--model", name, *kwargs)
+    model = timm.create_model(name, img_size=64, depth=3, in_chans=1, drop_path_rate=0.1)
+    assert table["elements"] == sum(p.numel() for p in model.parameters())
+    assert len(table["paths"]) == 2 * 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    argv = [sys.executable, "-m", "timm_rdp", "paths", "--model", "test_vit", "--json"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_no_random_state_moves(capsys):
     before = torch.get_rng_state()
     main(["--model", "test_vit"])
@@ -140,11 +159,20 @@ def test_no_random_state_moves(capsys):
         (["--model", "vgg11"], "takes no drop_path_rate"),
         (["--model", "densenet121"], "takes no drop_path_rate"),
         (["--model", "lcnet_050"], "no residual path"),
-        (["--model", "test_vit", "--drop-path", "0"], "--drop-path: 0 must be above 0"),
-        (["--model", "test_vit", "--drop-path", "1"], "--drop-path: 1 must be above 0"),
-        (["--model", "test_vit", "--drop-path", "-0.1"], "--drop-path: -0.1 must be above 0"),
-        (["--model", "test_vit", "--drop-path", "nan"], "--drop-path: nan must be above 0"),
-        (["--model", "test_vit", "--img-size", "0"], "--img-size: 0 must be 1 or more"),
+        (["--model", "test_vit", "--drop-path", "0"], "--drop-path 0 must be a number above 0"),
+        (["--model", "test_vit", "--drop-path", "1"], "--drop-path 1 must be a number above 0"),
+        (
+            ["--model", "test_vit", "--drop-path", "-0.1"],
+            "--drop-path -0.1 must be a number above 0",
+        ),
+        (["--model", "test_vit", "--drop-path", "nan"], "--drop-path nan must be a number above 0"),
+        (
+            ["--model", "test_vit", "--img-size", "0"],
+            "--img-size 0 must be a whole number of at least 1",
+        ),
+        (["--model", "test_vit", "--img-size", "15"], "--model test_vit --img-size 15"),
+        (["--model", "test_vit", "--model-kwargs", "depth"], "--model-kwargs takes key=value"),
+        (["--model", "test_vit", "--model-kwargs", "drop_path_rate=0.2"], "give --drop-path"),
         (["--model", "test_vit.no_such_weights"], "no_such_weights"),
         (["--model", "local-dir:/no/such/folder"], "/no/such/folder"),
     ],

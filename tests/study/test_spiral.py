@@ -113,10 +113,10 @@ def test_drawn_cycle_is_that_of_the_models_own_masks():
         complement = rdp.iteration()
         with complement:
             pass
-    assert complement.cycle == cycle.cycle
-    assert {row.name for row in cycle.rows if not row.kept} == complement.dropped
-    assert cycle.trained_in_complement == sum(size[n] for n in complement.trainable)
-    assert cycle.trained_in_complement + cycle.trained_in_droppath == cycle.parameters
+    assert complement.cycle == cycle["cycle"]
+    assert {row["name"] for row in cycle["rows"] if not row["kept"]} == complement.dropped
+    assert cycle["trained_in_complement"] == sum(size[n] for n in complement.trainable)
+    assert cycle["trained_in_complement"] + cycle["trained_in_droppath"] == cycle["parameters"]
 
 
 def test_spiral_writes_figures_their_numbers_and_a_summary(tmp_path, capsys):
@@ -147,13 +147,13 @@ def test_spiral_writes_figures_their_numbers_and_a_summary(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--seeds", "0"], ["--seeds: 0 must be 1 or more"]),
-        (["--points", "3"], ["--points: 3 must be 4 or more"]),
-        (["--depth", "2"], ["--depth: 2"]),
-        (["--drop-path", "1"], ["--drop-path: 1 must be above 0 and below 1"]),
-        (["--drop-path", "0"], ["--drop-path: 0"]),
-        (["--lr", "nan"], ["--lr: nan"]),
-        (["--noise", "-1"], ["--noise: -1"]),
+        (["--seeds", "0"], ["--seeds 0 must be a whole number of at least 1"]),
+        (["--points", "3"], ["--points 3 must be a whole number of at least 4"]),
+        (["--depth", "2"], ["--depth 2 must be"]),
+        (["--drop-path", "1"], ["--drop-path 1 must be a number above 0 and below 1"]),
+        (["--drop-path", "0"], ["--drop-path 0 must be"]),
+        (["--lr", "nan"], ["--lr nan must be"]),
+        (["--noise", "-1"], ["--noise -1 must be"]),
         (["--model", "vit_tinny_patch16_224"], ["did you mean", "vit_tiny_patch16_224"]),
         (["--model", "vgg11"], ["--model vgg11", "no paths"]),
         (["--model", "lcnet_050"], ["--model lcnet_050", "no residual path"]),

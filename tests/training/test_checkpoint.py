@@ -14,7 +14,7 @@ from core_helpers import same_bits
 from runs import RESNET, VIT, checkpoint, flags, rows, run
 
 from timm_rdp.training import train
-from timm_rdp.training.checkpoint import Saver
+from timm_rdp.training.saver import Saver
 
 RDP = ("--rdp", "--drop-path", "0.7")
 

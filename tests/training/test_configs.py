@@ -10,6 +10,7 @@ from PIL import Image
 from runs import watch_iterations
 
 from timm_rdp.training import train
+from timm_rdp.training.data import create_data
 from timm_rdp.training.options import parse_args
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -81,3 +82,20 @@ def test_a_recipe_trains_its_real_model_for_two_updates(path, generated, tmp_pat
     assert all(shape[:2] == (2, 3) for shape in shapes)
     weights = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["state_dict"]
     assert all(torch.isfinite(w).all() for w in weights.values() if w.is_floating_point())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_ten_thousand_samples_pass_a_recipes_augmentation(path, generated):
+    flags = ["-c", str(path), "--data-dir", str(generated), "--img-size", "32", "--rdp"]
+    args = parse_args([*flags, "--class-map", str(generated / "1000.txt"), "-j", "0"])
+    args.distributed, args.rank, args.world_size, args.num_classes = False, 0, 1, 1000
+    args.dataset, args.val_split, args.batch_size = "", "", 4
+    args.train_img_sizes = args.train_batch_sizes = args.train_size_probs = None
+    args.train_batches_per_epoch = None
+    config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+    model = timm.create_model("test_resnet")
+    data = create_data(args, config, model, torch.device("cpu"), None)
+    inner = getattr(data.train, "loader", data.train)
+    for index in range(10_000):
+        inner.dataset[index % 4]

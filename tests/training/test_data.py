@@ -3,10 +3,14 @@
 import multiprocessing
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import write_digits
+from core_helpers import same_bits
+from PIL import Image
+from runs import RESNET, checkpoint, run
 from timm import utils
 from timm.data import (
     AugMixDataset,
@@ -19,9 +23,10 @@ from timm.data import (
     resolve_data_config,
 )
 
-from timm_rdp.errors import DataError, UsageError
-from timm_rdp.training.data import check_data, close_data, create_data
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.errors import DataError
+from timm_rdp.training.data import close_data, create_data
+from timm_rdp.training.dataset import check_data
+from timm_rdp.training.model import img_size_kwargs, mixup_active
 from timm_rdp.training.options import parse_args
 
 TINY = ["--model", "test_vit", "--img-size", "32", "--num-classes", "10", "-j", "0", "-b", "8"]
@@ -104,7 +109,7 @@ def test_batches_are_timms_to_the_bit(digits_folder, argv, train_kwargs, mixup):
         **common,
     )
     assert_same_batches(data.eval, validation)
-    assert data.mixup_active == bool(mixup)
+    assert mixup_active(args) == bool(mixup)
     assert (type(data.mixup_fn) is Mixup) == (mixup == "loop")
 
 
@@ -161,7 +166,6 @@ def test_scheduled_sizes_are_timms_to_the_bit(digits_folder):
     argv += ["--train-size-probs", "1", "2"]
     argv += ["--train-size-schedule", "progressive", "--train-batches-per-epoch", "7"]
     data = same_data(argv, digits_folder, train)
-    assert data.scheduled
     assert data.batch_size_reference == train.batch_sampler.average_batch_size
 
 
@@ -178,7 +182,6 @@ def test_augmentation_splits_are_timms_to_the_bit(digits_folder):
     )
     argv = ["--aug-splits", "3", "--aa", "augmix-m5", "--reprob", "0.5", "--resplit"]
     data = same_data(argv, digits_folder, train)
-    assert data.num_aug_splits == 3
     images, _ = next(iter(data.train))
     assert len(images) == 3 * 8
 
@@ -203,7 +206,6 @@ def test_naflex_batches_are_timms_to_the_bit(digits_folder, monkeypatch, varied)
     )
     argv = [*NAFLEX, "--mixup", "0.8"] + ["--naflex-patch-sizes", "8", "16"] * varied
     data = same_data(argv, digits_folder, train, model="naflexvit_base_patch16_gap")
-    assert data.naflex
     batch, _ = next(iter(data.eval))
     assert batch["patches"].shape[1] == 9
 
@@ -219,14 +221,46 @@ def small_naflex(create_model, varied):
 
 def test_a_model_that_does_not_take_the_batches_is_refused(digits_folder, refused):
     data = ["--data-dir", digits_folder, "--num-classes", "10", "-b", "8", "-j", "0"]
-    line = refused(*data, "--model", "test_resnet", *NAFLEX)
-    assert "--naflex-loader" in line and "test_resnet" in line
+    assert "test_resnet" in refused(*data, "--model", "test_resnet", *NAFLEX)
     vit = ["--model", "vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", "depth=1"]
     line = refused(*data, *vit, "--train-img-sizes", "32", "48")
-    assert "--train-img-sizes 48" in line and "vit_tiny_patch16_224" in line
+    assert "--train-img-sizes 48" in line
     model = ["--model", "naflexvit_base_patch16_gap", *SMALL_NAFLEX]
     line = refused(*data, *model, *NAFLEX, "--naflex-patch-sizes", "8", "16")
-    assert "--naflex-patch-sizes 8 16" in line
+    assert "--naflex-patch-sizes 8" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--model efficientformer_l1 --img-size 256", "efficientformer_l1 (its own: 224 x 224)"),
+        ("--model vit_tiny_patch16_224 --img-size 8", "vit_tiny_patch16_224 (its own: 224 x 224)"),
+        (
+            "--model vit_tiny_patch16_224 --img-size 40 --model-kwargs depth=1 "
+            "dynamic_img_size=True",
+            "8 x 3 x 40 x 40",
+        ),
+        ("--model test_resnet --model-kwargs features_only=True", "test_resnet"),
+        ("--model test_vit --img-size 32 --gp bogus", "test_vit pooling"),
+        ("--model test_resnet --gp fast --img-size 32 --model-kwargs global_pool=", "global_pool"),
+        ("--model resnet18 --img-size 32 -b 1", "resnet18 batches of 1 x 3 x 32 x 32"),
+    ],
+)
+def test_a_batch_is_tried_before_anything_is_written(digits_folder, refused, argv, words):
+    data = ["--data-dir", digits_folder, "--num-classes", "10", "-b", "8", "-j", "0"]
+    line = refused(*data, *argv.split())
+    for word in words.split():
+        assert word in line
+
+
+def test_the_batch_on_trial_moves_no_bit(digits_folder, tmp_path, monkeypatch):
+    argv = (*RESNET, "--drop", 0.2, "--mixup", 0.5, "--no-prefetcher", "--reprob", 0.5)
+    tried = run(digits_folder, tmp_path / "tried", *argv)
+    monkeypatch.setattr("timm_rdp.training.setup.try_batch", lambda *_: None)
+    untried = run(digits_folder, tmp_path / "untried", *argv)
+    assert (tried / "summary.csv").read_bytes() == (untried / "summary.csv").read_bytes()
+    weights = [checkpoint(folder)["state_dict"] for folder in (tried, untried)]
+    assert same_bits(*map(dict, weights))
 
 
 def test_making_the_loaders_moves_no_random_state(digits_folder):
@@ -289,6 +323,96 @@ def test_a_split_without_images_is_named(digits_folder, tmp_path, refused):
     (tmp_path / "validation" / "0" / "notes.txt").write_text("")
     line = refused(*TINY, "--data-dir", tmp_path)
     assert str(tmp_path / "validation") in line and "no images" in line
+
+
+def test_split_names_without_folders_are_refused_together_too(digits_folder, refused):
+    argv = ["--train-split", "trian", "--val-split", "validaiton", "--data-dir", digits_folder]
+    line = refused(*TINY, *argv)
+    assert "--train-split trian" in line
+
+
+def test_folders_that_are_a_class_by_accident_or_none_are_named(tmp_path, refused):
+    write_digits(tmp_path / "a", [0, 1])
+    for split in ("train", "validation"):
+        shutil.copytree(tmp_path / "a" / split / "1", tmp_path / "a" / split / ".ipynb_checkpoints")
+    line = refused(*TINY, "--num-classes", "2", "--data-dir", tmp_path / "a")
+    assert ".ipynb_checkpoints" in line
+    write_digits(tmp_path / "b", [0, 1])
+    for split in ("train", "validation"):
+        (tmp_path / "b" / split / "2").mkdir()
+        (tmp_path / "b" / split / "2" / "x.webp").write_bytes(b"")
+    line = refused(*TINY, "--num-classes", "2", "--data-dir", tmp_path / "b")
+    assert str(tmp_path / "b" / "train" / "2") in line and "x.webp" in line and ".png" in line
+
+
+def test_a_class_map_that_fits_no_folder_is_named(digits_folder, tmp_path, refused):
+    (tmp_path / "map.txt").write_text("cat\ndog\n")
+    argv = ["--class-map", tmp_path / "map.txt", "--num-classes", "2"]
+    assert "map.txt" in refused(*TINY, *argv, "--data-dir", digits_folder)
+
+
+def test_outputs_that_no_class_uses_are_logged_once(digits_folder, caplog):
+    caplog.set_level("INFO")
+    loaders(options(digits_folder, "--num-classes", "12"))
+    assert [r.message for r in caplog.records if "12 outputs for 10 classes" in r.message]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """Images of each mode of PIL, as class folders."""
+    root, noise = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    for mode in ("RGB", "RGBA", "CMYK", "L", "P"):
+        for index in range(8):
+            pixels = Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            for split in ("train", "validation"):
+                folder = root / mode / split / "ab"[index % 2]
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels.convert(mode).save(folder / f"{index}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+@pytest.mark.parametrize("prefetcher", [(), ("--no-prefetcher",)])
+@pytest.mark.parametrize(
+    ("mode", "argv"),
+    [
+        ("RGBA", "--in-chans 4"),
+        ("CMYK", "--in-chans 4 --input-img-mode CMYK"),
+        ("L", "--in-chans 1"),
+        ("L", ""),
+        ("RGB", "--in-chans 1"),
+        ("CMYK", ""),
+        ("P", ""),
+        ("P", "--in-chans 1"),
+        ("RGB", "--mean 0.5 --std 0.25"),
+        ("L", "--in-chans 2 --input-img-mode LA"),
+    ],
+)
+def test_images_of_any_mode_train(coloured, tmp_path, mode, argv, prefetcher):
+    flags = ["--num-classes", "2", "-b", "4", "--epochs", "1", *argv.split(), *prefetcher]
+    run(coloured / mode, tmp_path, *RESNET, *flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--input-img-mode L", "--input-img-mode L --in-chans 1"),
+        ("--in-chans 1 --input-img-mode RGB", "--input-img-mode RGB --in-chans 3"),
+        ("--input-size 3 32 32 --in-chans 1", "--in-chans 1 --input-size 3 32 32"),
+        ("--in-chans 2", "--in-chans 2 --input-img-mode"),
+        ("--input-img-mode BOGUS", "--input-img-mode BOGUS"),
+        ("--in-chans 1 --mean 0.5 0.5 0.5", "--mean 0.5"),
+    ],
+)
+def test_channels_that_disagree_name_the_option_to_give(coloured, refused, argv, words):
+    data = ["--data-dir", coloured / "RGB", "--num-classes", "2", "-b", "4", "-j", "0"]
+    line = refused(*data, *RESNET, *argv.split())
+    for word in words.split():
+        assert word in line
+
+
+def test_posterizing_to_nothing_gives_a_black_image(digits_folder):
+    data = loaders(options(digits_folder, "--aa", "rand-m10-n4-inc1"))
+    assert len([data.train.loader.dataset[index % 80] for index in range(400)]) == 400
 
 
 def test_splits_of_different_classes_are_refused(tmp_path, refused):
@@ -402,10 +526,3 @@ def test_input_size_sets_height_and_width_apart(digits_folder):
     assert img_size_kwargs(args) == {"img_size": (32, 64)}
     args = options(digits_folder, "--model-kwargs", "dynamic_img_size=True")
     assert img_size_kwargs(args) == {}
-
-
-def test_an_image_size_that_a_model_cannot_have_is_refused(digits_folder):
-    for model, size in (("efficientformer_l1", 256), ("vit_tiny_patch16_224", 8)):
-        args = options(digits_folder, "--model", model, "--img-size", str(size))
-        with pytest.raises(UsageError, match=rf"--img-size {size}.*224.*{model}"):
-            loaders(args)

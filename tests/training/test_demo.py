@@ -1,15 +1,16 @@
 """The demo's images: the digits, held-out ones apart, written once and completely."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_dataset
 
 from timm_rdp.errors import UsageError
-from timm_rdp.training import demo
-from timm_rdp.training.demo import prepare_demo
+from timm_rdp.training.dataset import prepare_demo
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,15 @@ def test_what_is_written_is_used_again_even_without_scikit_learn(tmp_path, monke
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def interrupt(images, targets, folder):
-        (folder / "train").mkdir(parents=True)
-        raise KeyboardInterrupt
+    written = []
+
+    def save(image, path):
+        written.append(path)
+        if len(written) == 100:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_write", interrupt)
+        patch.setattr(Image.Image, "save", save)
         with pytest.raises(KeyboardInterrupt):
             prepare_demo(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -71,14 +75,14 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_two_processes_that_write_at_once_end_with_one_complete_folder(tmp_path, monkeypatch):
-    write = demo._write
+    rename = Path.rename
 
-    def write_while_another_one_finishes(images, targets, folder):
-        write(images, targets, folder)
-        monkeypatch.setattr(demo, "_write", write)
+    def rename_while_another_one_finishes(path, target):
+        monkeypatch.setattr(Path, "rename", rename)
         prepare_demo(tmp_path)
+        return rename(path, target)
 
-    monkeypatch.setattr(demo, "_write", write_while_another_one_finishes)
+    monkeypatch.setattr(Path, "rename", rename_while_another_one_finishes)
     folder = prepare_demo(tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
     assert len(list(folder.rglob("*.png"))) == 1797
@@ -87,12 +91,12 @@ def test_two_processes_that_write_at_once_end_with_one_complete_folder(tmp_path,
 def test_the_cache_follows_its_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("TIMM_RDP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo._cache() == tmp_path / "timm-rdp"
+    assert prepare_demo().parent == tmp_path / "timm-rdp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo._cache() == tmp_path / ".cache" / "timm-rdp"
+    assert prepare_demo().parent == tmp_path / ".cache" / "timm-rdp"
     monkeypatch.setenv("TIMM_RDP_CACHE", str(tmp_path / "here"))
-    assert demo._cache() == tmp_path / "here"
+    assert prepare_demo().parent == tmp_path / "here"
 
 
 def test_a_cache_that_cannot_be_written_names_its_variable(tmp_path):

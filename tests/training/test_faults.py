@@ -50,7 +50,8 @@ def test_a_signal_ends_the_run_after_the_cycle_with_a_checkpoint(
     assert process.status() == 128 + signum
     (file,) = (tmp_path / "run").glob("recovery-*")
     assert checkpoint(tmp_path / "run", file.name)["run"]["updates"]
-    assert f"continue with --resume {file}" in process.output()
+    where = f"--output {file.parent.parent} --experiment {file.parent.name}"
+    assert f"continue with {where} --resume auto" in process.output()
     check_summary(tmp_path / "run")
     fault(f"{signal.Signals(signum).name}, once")
 

@@ -12,9 +12,8 @@ import yaml
 
 from timm_rdp import add_rdp_args
 from timm_rdp.errors import UsageError
-from timm_rdp.training.checks import NEEDS
 from timm_rdp.training.flags import build_parser, flag
-from timm_rdp.training.options import args_text, parse_args, read_config, recipe
+from timm_rdp.training.options import NEEDS, args_text, parse_args, read_config, recipes
 
 TABLE = (Path(__file__).parents[1] / "timm_train_flags.csv").read_text()
 FLAGS = list(csv.DictReader(TABLE.splitlines()))
@@ -63,9 +62,10 @@ def test_key_value_flags_parse_python_values():
 
 
 def test_device_defaults_to_the_best_there_is(digits_folder):
-    best = torch.accelerator.current_accelerator(check_available=True)
+    here = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    best = [name for name, module in here.items() if module.is_available()]
     args = parse_args(["--data-dir", str(digits_folder)])
-    assert args.device == (best.type if best else "cpu")
+    assert args.device in (best or ["cpu"])
 
 
 def test_rdp_without_a_drop_path_rate_takes_a_tenth_and_says_so(digits_folder, caplog):
@@ -83,7 +83,7 @@ def test_without_data_the_run_is_the_demo_with_its_recipe(digits_folder, demo_ca
     demo = parse_args(["--rdp"])
     assert demo.demo
     assert Path(demo.data_dir).parent == demo_cache
-    for key, value in yaml.safe_load(recipe("demo_digits.yaml").read_text()).items():
+    for key, value in yaml.safe_load(recipes()["demo_digits"].read_text()).items():
         assert getattr(demo, key) == value
 
     own = parse_args(["--data-dir", str(digits_folder)])
@@ -97,7 +97,7 @@ def test_command_line_overrides_config_overrides_demo_recipe(tmp_path):
     args = parse_args(["-c", str(config), "--epochs", "9", "--num-classes", "11"])
     assert (args.epochs, args.lr, args.opt, args.num_classes) == (9, 5e-4, "lamb", 11)
     assert args.model_ema is True
-    assert args.img_size == yaml.safe_load(recipe("demo_digits.yaml").read_text())["img_size"]
+    assert args.img_size == yaml.safe_load(recipes()["demo_digits"].read_text())["img_size"]
 
 
 def test_args_yaml_reads_back_as_the_same_options(tmp_path, digits_folder):
@@ -185,6 +185,19 @@ def test_config_that_cannot_be_used_names_the_file_and_the_key(tmp_path, refused
         assert word in line
 
 
+def test_a_recipe_is_found_by_its_name_and_listed_by_the_help(
+    tmp_path, monkeypatch, capsys, refused
+):
+    monkeypatch.chdir(tmp_path)
+    named = read_config("vit_tiny_cifar100", build_parser())
+    assert named == read_config(recipes()["vit_tiny_cifar100"], build_parser())
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "vit_tiny_cifar100" in capsys.readouterr().out
+    line = refused("-c", "vit_tiny_cifar10O")
+    assert "vit_tiny_cifar10O" in line and "vit_tiny_cifar100" in line
+
+
 def test_config_that_is_missing_or_a_folder_is_named(tmp_path, refused):
     assert str(tmp_path / "no.yaml") in refused("-c", tmp_path / "no.yaml")
     assert str(tmp_path) in refused("-c", tmp_path)
@@ -238,6 +251,12 @@ REFUSED = [
     ("--lr inf", "--lr inf"),
     ("--weight-decay -1", "--weight-decay -1"),
     ("--batch-size 0", "--batch-size 0"),
+    ("--epochs 0", "--epochs 0 least 1"),
+    ("--loss zlpr", "--loss zlpr multi-label"),
+    ("--loss ce --poly-epsilon 1", "--poly-epsilon --loss poly"),
+    ("--stop-epoch 0", "--stop-epoch 0 1 12"),
+    ("--stop-epoch 13", "--stop-epoch 13 1 12"),
+    ("--sched wsd --lr-decay-fn cosin", "--sched wsd cosin"),
     ("--epochs -1", "--epochs -1"),
     ("--workers -1", "--workers -1"),
     ("--log-interval 0", "--log-interval 0"),
@@ -339,7 +358,7 @@ def test_output_without_permission_is_found_before_the_run(tmp_path, refused):
 
 def test_a_device_that_is_not_here_is_refused_with_one_that_is(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr("timm_rdp.training.options.best_device", lambda: "cpu")
     line = refused("--device", "cuda")
     assert "--device cuda" in line and "--device cpu" in line
 
@@ -352,7 +371,8 @@ def test_the_parser_never_shows_more_than_one_line():
 
 
 def test_the_help_shows_every_default_of_timms_that_is_not_off():
-    shown = {a.dest: a.help % vars(a) for a in build_parser()._actions if a.dest in DEFAULTS}
+    actions = [a for a in build_parser()._actions if a.dest in DEFAULTS]
+    shown = {a.dest: a.help % vars(a) for a in reversed(actions)}  # the first of two
     assert len(shown) > 50
     for name, text in shown.items():
         assert f"(default: {DEFAULTS[name]})" in text, name

@@ -1,7 +1,6 @@
 """What a run leaves behind: summary.csv, curves.png, args.yaml."""
 
 import builtins
-import csv
 import errno
 import os
 import random
@@ -17,10 +16,10 @@ from PIL import Image
 from runs import VIT, flags, rows, run
 
 from timm_rdp.errors import TrainingError, UsageError
-from timm_rdp.training import curves
-from timm_rdp.training.curves import draw_curves
-from timm_rdp.training.files import check_output
+from timm_rdp.study.options import check_output
+from timm_rdp.training import saver as curves
 from timm_rdp.training.outputs import Summary
+from timm_rdp.training.saver import draw_curves
 
 TRAIN = OrderedDict(loss=2.302585092994046)
 EVAL = OrderedDict(loss=0.1, top1=100 / 3, top5=1e-17)
@@ -55,19 +54,22 @@ def test_a_resumed_run_goes_on_with_the_rows_from_before_its_epoch(tmp_path):
         whole.add(epoch, TRAIN, EVAL, epoch / 3, RDP)
     expected = (tmp_path / "a" / "summary.csv").read_bytes()
 
-    resumed = Summary(str(tmp_path / "a"), start_epoch=2, resumed=True)
+    resumed = Summary(str(tmp_path / "a"), start_epoch=2)
     assert [row["epoch"] for row in resumed.rows] == [0, 1]
     for epoch in (2, 3):
         resumed.add(epoch, TRAIN, EVAL, epoch / 3, RDP)
     assert (tmp_path / "a" / "summary.csv").read_bytes() == expected
 
 
-def test_a_fresh_run_in_an_old_folder_writes_below_as_timms_does(tmp_path):
-    Summary(str(tmp_path)).add(0, TRAIN, EVAL, 0.1, {})
-    Summary(str(tmp_path)).add(0, TRAIN, EVAL, 0.2, {})
-    with open(tmp_path / "summary.csv", newline="") as file:
-        lines = list(csv.reader(file))
-    assert [line[0] for line in lines] == ["epoch", "0", "epoch", "0"]
+def test_a_fresh_run_in_an_old_folder_begins_the_summary_anew_and_says_so(
+    digits_folder, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    assert [row["epoch"] for row in rows(run(digits_folder, tmp_path, *VIT))] == ["0", "1"]
+    assert "anew" not in caplog.text
+    folder = run(digits_folder, tmp_path, *VIT, "--epochs", 1)
+    assert [row["epoch"] for row in rows(folder)] == ["0"]
+    assert f"{folder} holds another run's summary.csv, which this one begins anew" in caplog.text
 
 
 def test_a_row_is_never_torn(tmp_path, monkeypatch):
@@ -158,10 +160,10 @@ def drawn(monkeypatch):
     """How many rows each drawing of curves.png had, and a clock: [seconds, seconds a drawing]."""
     counts, clock, original = [], [0.0, 0.0], curves.draw_curves
 
-    def draw(folder, rows):
+    def draw(folder, rows, title):
         counts.append(len(rows))
         clock[0] += clock[1]
-        return original(folder, rows)
+        return original(folder, rows, title)
 
     monkeypatch.setattr(curves, "draw_curves", draw)
     monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])

@@ -17,12 +17,10 @@ import pytest
 import timm
 import torch
 from core_helpers import same_bits
-from runs import RESNET, VIT, checkpoint, flags, run
+from runs import RESNET, VIT, checkpoint, run
+from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.task import ClassificationEvaluator
 from timm.utils import AverageMeter
-
-from timm_rdp.training.options import parse_args
-from timm_rdp.training.setup import set_up
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
@@ -37,17 +35,36 @@ def parity():
     del sys.modules["parity"]
 
 
-def reference_run(argv, *, model, loss, optimizer, schedule, accumulate=1, clip=None, ema=None):
-    """Two epochs as timm's script trains them; its summary.csv, weights and EMA weights.
+def loaders(folder, model, mix=None, batch_size=16, prefetcher=True, **train):
+    """timm's loaders of a folder, and the mixup that is left to the loop."""
+    config = resolve_data_config(dict(img_size=32), model=model)
+    common = dict(
+        input_size=(3, 32, 32), batch_size=batch_size, num_workers=0, use_prefetcher=prefetcher,
+        device=torch.device("cpu"), mean=config["mean"], std=config["std"],
+    )  # fmt: skip
+    kind = timm.data.FastCollateMixup if prefetcher else timm.data.Mixup
+    mixup = mix and kind(label_smoothing=0.1, num_classes=10, **mix)
+    training = create_loader(
+        create_dataset("", root=str(folder), split="train"), is_training=True, re_mode="pixel",
+        interpolation="random", collate_fn=mixup if prefetcher else None, **common, **train,
+    )  # fmt: skip
+    validation = create_loader(
+        create_dataset("", root=str(folder), split="validation"),
+        interpolation=config["interpolation"], crop_pct=config["crop_pct"], **common,
+    )  # fmt: skip
+    return training, validation, None if prefetcher else mixup
 
-    The loaders are ours (tests/test_data.py compares them with timm's); everything else is here.
-    """
-    data = set_up(parse_args(argv)).data
+
+def reference_run(
+    folder, *, data, model, loss, optimizer, schedule, accumulate=1, clip=None, ema=None
+):
+    """Two epochs as timm's script trains them; its summary.csv, weights and EMA weights."""
     torch.manual_seed(42), np.random.seed(42), random.seed(42)
     model = model()
+    training, validation, mixup = loaders(folder, model, **data)
     optimizer = optimizer(model)
     average = ema and timm.utils.ModelEmaV3(model, **ema)
-    per_epoch = -(-len(data.train) // accumulate)
+    per_epoch = -(-len(training) // accumulate)
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer, num_epochs=2, warmup_epochs=0, warmup_lr=1e-5, updates_per_epoch=per_epoch,
         **schedule,
@@ -58,12 +75,12 @@ def reference_run(argv, *, model, loss, optimizer, schedule, accumulate=1, clip=
         losses, updates, size = AverageMeter(), epoch * per_epoch, accumulate
         model.train()
         optimizer.zero_grad()
-        for index, (images, labels) in enumerate(data.train):
-            update = index == len(data.train) - 1 or (index + 1) % size == 0
-            if index >= len(data.train) // accumulate * accumulate:
-                size = len(data.train) % accumulate
-            if data.mixup_fn:
-                images, labels = data.mixup_fn(images, labels)
+        for index, (images, labels) in enumerate(training):
+            update = index == len(training) - 1 or (index + 1) % size == 0
+            if index >= len(training) // accumulate * accumulate:
+                size = len(training) % accumulate
+            if mixup:
+                images, labels = mixup(images, labels)
             value = loss(model(images), labels) / size
             value.backward()
             losses.update(value.item() * size, len(images))
@@ -76,9 +93,9 @@ def reference_run(argv, *, model, loss, optimizer, schedule, accumulate=1, clip=
                 if average:
                     average.update(model, step=updates)
                 scheduler.step_update(updates)
-        metrics = [evaluate(model, data.eval)]
+        metrics = [evaluate(model, validation)]
         if average:
-            metrics.append(evaluate(average.module, data.eval))
+            metrics.append(evaluate(average.module, validation))
         groups = optimizer.param_groups
         row = {"epoch": epoch, "train_loss": losses.avg, **metrics[-1]}
         row["lr"] = sum(group["lr"] for group in groups) / len(groups)
@@ -104,6 +121,7 @@ CASES = {
         (*VIT, "--mixup", 0.8, "--cutmix", 1.0, "--drop-path", 0.3, "--reprob", 0.3,
          "--model-ema", "--model-ema-decay", 0.9, "--model-ema-warmup"),
         dict(
+            data=dict(mix=dict(mixup_alpha=0.8, cutmix_alpha=1.0), re_prob=0.3),
             model=lambda: timm.create_model(
                 "test_vit", num_classes=10, img_size=32, depth=3, drop_path_rate=0.3
             ),
@@ -119,6 +137,7 @@ CASES = {
         (*RESNET, "--opt", "sgd", "--lr", 0.05, "-b", 11, "--grad-accum-steps", 4,
          "--clip-grad", 0.5, "--sched-on-updates", "--aa", "rand-m5-inc1"),
         dict(
+            data=dict(batch_size=11, auto_augment="rand-m5-inc1"),
             model=lambda: timm.create_model("test_resnet", num_classes=10),
             loss=timm.loss.LabelSmoothingCrossEntropy(0.1),
             optimizer=lambda m: timm.optim.create_optimizer_v2(
@@ -133,6 +152,7 @@ CASES = {
         (*RESNET, "--opt", "lamb", "--lr", 5e-3, "--bce-loss", "--mixup", 0.2, "--no-prefetcher",
          "--sched", "step", "--decay-epochs", 1, "--drop", 0.2),
         dict(
+            data=dict(mix=dict(mixup_alpha=0.2, cutmix_alpha=0.0), prefetcher=False),
             model=lambda: timm.create_model("test_resnet", num_classes=10, drop_rate=0.2),
             loss=timm.loss.BinaryCrossEntropy(),
             optimizer=lambda m: timm.optim.create_optimizer_v2(
@@ -144,13 +164,12 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's own loader leaves images open
 @pytest.mark.parametrize("case", CASES)
 def test_a_plain_run_is_timms_to_the_last_bit(digits_folder, tmp_path, case):
     more, reference = CASES[case]
     folder = run(digits_folder, tmp_path / "ours", *more)
-    summary, weights, average = reference_run(
-        flags(digits_folder, tmp_path / "reference", *more), **reference
-    )
+    summary, weights, average = reference_run(digits_folder, **reference)
     assert (folder / "summary.csv").read_bytes() == summary
     state = checkpoint(folder)
     assert same_bits(dict(state["state_dict"]), dict(weights))
@@ -179,7 +198,7 @@ def test_the_benchmark_finds_a_single_bit(parity, digits_folder, tmp_path):
 
 
 def test_the_benchmark_touches_what_it_should(parity):
-    assert len(parity.CASES) >= 12
+    assert len(parity.CASES) >= 36
     text = " ".join(f"{case.flags} {case.then}" for case in parity.CASES)
     for flag in (
         "test_vit", "test_resnet", "test_efficientnet", "--opt sgd", "--opt adamw", "--opt lamb",
@@ -188,6 +207,7 @@ def test_the_benchmark_touches_what_it_should(parity):
         "--clip-mode agc", "--sched step", "--sched plateau", "--sched-on-updates",
         "--layer-decay", "--amp-dtype bfloat16", "--drop-path", "--kd-distill-type feature",
         "--kd-distill-type token", "--naflex-loader", "--train-img-sizes", "--jsd-loss",
+        "--task multilabel", "--target-format multihot", "--loss poly", "--sched wsd",
     ):  # fmt: skip
         assert flag in text, flag
     assert any(case.then for case in parity.CASES)

@@ -9,8 +9,8 @@ from runs import RESNET, VIT, checkpoint, flags, rows, run
 from torch.utils.data import DataLoader
 
 from timm_rdp.training import loop, train
+from timm_rdp.training.batches import make_resumable
 from timm_rdp.training.dataset import _StrictImageDataset
-from timm_rdp.training.resume import make_resumable
 
 EVERYTHING = (
     *("--mixup", 0.4, "--cutmix", 0.5, "--reprob", 0.4, "--drop", 0.1, "--drop-path", 0.5),

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from timm_rdp.core.paths import Owner, PathGraph
 from timm_rdp.core.stand_ins import device_of, on_stand_ins
 from timm_rdp.core.trials import find_skippable
+from timm_rdp.core.versions import input_size, not_compiled
 
 
 def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
@@ -70,7 +70,7 @@ def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
 
     with (
         on_stand_ins(model, fake),
-        torch.compiler.set_stance("force_eager"),
+        not_compiled(),
         torch.autocast(device.type, enabled=False),
         torch.enable_grad(),
     ):
@@ -224,7 +224,7 @@ def _example_inputs(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():  # the model itself comes first
         size = getattr(module, "img_size", None)
         if isinstance(getattr(module, "pretrained_cfg", None), Mapping):
-            channels, *size = get_model_input_config(module)["input_size"]
+            channels, *size = input_size(module)
             shapes += [(channels, *size), (first, *size)]
         elif isinstance(size, int):
             shapes.append((first, size, size))

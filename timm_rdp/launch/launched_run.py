@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from timm.models import get_model_input_config
-from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import nn
 from torch.optim import Optimizer
 
 from timm_rdp.args import from_args
 from timm_rdp.core.rdp import ResidualDropPath
+from timm_rdp.core.versions import TrainingTask, input_size
 from timm_rdp.errors import UsageError
 
 _logger = logging.getLogger(__name__)
@@ -83,8 +82,7 @@ class LaunchedRun:
                 f"them all, to be frozen together; {_RECIPE}"
             )
         if target is not model:
-            size = get_model_input_config(model)["input_size"]
-            example = torch.empty((2, *size), device="meta")
+            example = torch.empty((2, *input_size(model)), device="meta")
         alive = [w for r in self.wrappers if (w := r()) is not None]
         wrappers = [w for w in alive if unwrap_model(w) is target]
         try:

@@ -5,17 +5,13 @@ kinds of colour blindness; nothing is told by colour alone.
 """
 
 import csv
-import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-
-from timm_rdp.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,79 +25,44 @@ MARKERS = "os^DvPX*"
 TONES = ("#14386b", "#e8705a", "#5fa8a0", "#b0a030", "#7a4a8c", "#8a8a8a")
 
 
-def check_matplotlib() -> None:
-    """Raises UsageError where matplotlib, which only the demo extra installs, is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            'matplotlib is not installed and the figures need it: pip install "timm-rdp[demo]"'
-        )
-
-
 def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure":
     """An empty figure (inches) that needs no display and no pyplot state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
 
 
-def save(figure: "Figure", path: Path | IO[bytes]) -> None:
-    """Write a figure as a PNG."""
-    Image.fromarray(pixels(figure)).save(path, "PNG", optimize=True)
-
-
-def pixels(figure: "Figure") -> np.ndarray:
-    """Render a figure: (height, width, 3), uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+def write_csv(path: Path, header: Iterable[str], rows: Iterable) -> None:
     """Write the numbers behind a figure."""
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
+def write_figure(path: Path, figure: "Figure", header: Iterable[str], rows: Iterable) -> None:
+    """Write a figure as `path`.png and the numbers behind it as `path`.csv."""
+    figure.savefig(path.with_suffix(".png"))
+    write_csv(path.with_suffix(".csv"), header, rows)
+
+
 def heatmap(axes: "Axes", similarity: Tensor, scale: tuple[float, float], first: int) -> None:
     """Draw a (layers, layers) matrix, layer `first` at the lower left; NaN is left grey."""
-    import matplotlib
-
     edges = (first - 0.5, first + len(similarity) - 0.5)
-    integer_ticks(axes, "xy", 6)
-    axes.imshow(
-        np.ma.masked_invalid(similarity.numpy()),
-        origin="lower",
-        extent=(*edges, *edges),
-        vmin=scale[0],
-        vmax=scale[1],
-        cmap=matplotlib.colormaps[SEQUENTIAL].with_extremes(bad="#d9d9d9"),
-        interpolation="nearest",
-    )
+    axes.set_facecolor("#d9d9d9")
+    low, high = scale
+    look: dict[str, Any] = {"cmap": SEQUENTIAL, "origin": "lower", "interpolation": "nearest"}
+    axes.imshow(similarity.numpy(), vmin=low, vmax=high, extent=(*edges, *edges), **look)
+    axes.locator_params(nbins=6, integer=True)
 
 
 def colour_range(matrices: list[Tensor]) -> tuple[float, float]:
     """One colour scale for all matrices: from the lowest value (0.5 or less) to 1."""
-    lowest = min(m[~m.isnan()].min().item() for m in matrices)
+    lowest = min(np.nanmin(matrix.numpy()) for matrix in matrices)
     return min(np.floor(lowest * 10) / 10, 0.5), 1.0
-
-
-def integer_ticks(axes: "Axes", which: str, most: int) -> None:
-    """Whole numbers on the axes that `which` names ("x", "y" or both), `most` of them at most."""
-    from matplotlib.ticker import MaxNLocator
-
-    for name in which:
-        getattr(axes, f"{name}axis").set_major_locator(MaxNLocator(most, integer=True))
-
-
-def legend_of_networks(figure: "Figure", axes: "Axes", columns: list[str]) -> None:
-    """Name the networks below the figure, unless there is only one."""
-    if len(columns) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def similarity_grid(
@@ -111,9 +72,7 @@ def similarity_grid(
 
     Args:
         rows: (what the layers are, number of the first, one (layers, layers) matrix a column).
-        columns: names of the networks.
         measure: what the colour shows.
-        title: what is seen.
     """
     scale = colour_range([m for *_, row in rows for m in row])
     several = len(columns) > 1
@@ -144,9 +103,6 @@ def lines_per_layer(
 
     Args:
         panels: (what the layers are, one (layers,) tensor a network).
-        columns: names of the networks.
-        ylabel: what is plotted, with its unit.
-        title: what is seen.
     """
     figure = new_figure(height=3.2, title=title)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -154,12 +110,14 @@ def lines_per_layer(
         for i, (name, value) in enumerate(zip(columns, values, strict=True)):
             look = {"marker": MARKERS[i % len(MARKERS)], "color": TONES[i % len(TONES)]}
             axes.plot(value.numpy(), **look, markersize=4, linewidth=1, label=name)
-        integer_ticks(axes, "x", 8)
+        axes.locator_params("x", nbins=8, integer=True)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"layer number ({kind})")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
-    legend_of_networks(figure, grid[0], columns)
+    if len(columns) > 1:
+        handles = grid[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -169,7 +127,6 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     Args:
         names: the paths, in call order.
         losses: per network (paths,): loss with that path dropped minus loss with none dropped.
-        columns: names of the networks.
     """
     rows = len(names) * len(columns)
     figure = new_figure(
@@ -187,16 +144,16 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
-    sizes = torch.stack(losses).abs()
-    scale = ""
-    if sizes.max() > 20 * sizes.median() > 0:
+    every, scale = torch.stack(losses), ""
+    if every.abs().max() > 20 * every.abs().median() > 0:
         # A few paths (the first, mostly) matter so much that the others would not be seen.
-        linear = 10.0 ** np.round(np.log10(sizes.median().item()))
+        linear = 10.0 ** np.round(np.log10(every.abs().median().item()))
         axes.set_xscale("symlog", linthresh=linear)
-        axes.set_xlim(left=min(1.5 * torch.stack(losses).min().item(), -linear / 2))
+        axes.set_xlim(left=min(1.5 * every.min().item(), -linear / 2))
         scale = f", logarithmic beyond {linear:g}"
     axes.set_xlabel(f"rise of the validation loss without the path (nats{scale})")
     axes.set_ylabel("path, in call order")
     axes.grid(axis="x", alpha=0.3)
-    legend_of_networks(figure, axes, columns)
+    if len(columns) > 1:
+        figure.legend(loc="outside lower center", ncols=3)
     return figure

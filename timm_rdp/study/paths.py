@@ -3,38 +3,53 @@
 import argparse
 import json
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-import timm
 import torch
-from torch import nn
 
+from timm_rdp.args import Parser, show_defaults
 from timm_rdp.core.rdp import ResidualDropPath
-from timm_rdp.errors import UsageError, report
-from timm_rdp.study.options import RATE, Parser, at_least, refused_model
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.errors import UsageError, refused_with, report
+from timm_rdp.study.options import RATE
+from timm_rdp.training.flags import COUNT, KeyValues
+from timm_rdp.training.model import create_model, img_size_kwargs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table that the command line asks for, and return the exit status."""
     try:
         args = _parser().parse_args(argv)
-        rdp = _patch(args.model, args.drop_path, args.img_size)
+        if "drop_path_rate" in args.model_kwargs:
+            raise UsageError("--model-kwargs drop_path_rate=...: give --drop-path")
+        sized = img_size_kwargs(argparse.Namespace(**vars(args), input_size=None))
+        kwargs = {**args.model_kwargs, **sized, "drop_path_rate": args.drop_path}
+        try:
+            with torch.device("meta"):
+                model = create_model(args.model, **kwargs)
+        except UsageError:  # its constructor reads values, or else the CPU refuses it too
+            model = create_model(args.model, **kwargs)
+        what, example_input = f"--model {args.model}", None
+        if size := args.img_size:
+            what += f" --img-size {size}"
+            example_input = torch.empty(2, kwargs.get("in_chans", 3), size, size, device="meta")
+        with refused_with(what):
+            rdp = ResidualDropPath(model, example_input=example_input)
     except UsageError as error:
         return report(error)
     table = {"model": args.model, "drop_path": args.drop_path, **describe(rdp)}
-    print(json.dumps(table, indent=2) if args.json else as_text(table))
+    try:
+        print(json.dumps(table, indent=2) if args.json else as_text(table), flush=True)
+    except BrokenPipeError:  # whoever reads it has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
     return 0
 
 
 def describe(rdp: ResidualDropPath) -> dict[str, Any]:
-    """Count what the paths of a patched model carry.
-
-    Args:
-        rdp: the controller of the model; the model may be on the meta device.
+    """Count what the paths of a patched model carry, which may be on the meta device.
 
     Returns:
         plain values that JSON takes; "elements" counts numbers, "tensors" parameters, and "share"
@@ -50,6 +65,12 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         return {"elements": elements, "tensors": len(names), "share": share, "parameters": names}
 
     together = rdp.dropped_part(p.name for p in rdp.paths)
+    left, largest = set(sizes.keys() - together), []  # modules that are wholly on no path
+    for prefix, module in rdp.model.named_modules(remove_duplicate=False):
+        inside = {f"{prefix}.{n}" for n, _ in module.named_parameters()}
+        if prefix and inside and inside <= left:
+            largest.append(prefix)
+            left -= inside
     return {
         "elements": total,
         "tensors": len(sizes),
@@ -67,7 +88,7 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         "non_residual": [{"name": p.name, "drop_prob": p.drop_prob} for p in rdp.non_residual],
         "mean_dropped_per_cycle": sum(p.drop_prob for p in rdp.paths),
         "cycles_without_a_drop": math.prod(1 - p.drop_prob for p in rdp.paths),
-        "modules_not_on_any_path": _modules_of(rdp.model, sizes.keys() - together),
+        "modules_not_on_any_path": sorted(left) + largest,
     }
 
 
@@ -112,7 +133,7 @@ def as_text(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp paths",
         description="List a model's residual paths and the parameters that each one carries: those "
@@ -120,48 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="name of a timm model")
-    rate = "drop path rate that it is created with (default: 0.1)"
-    add("--drop-path", type=RATE, default=0.1, metavar="RATE", help=rate)
-    size = "size of the square images that it takes (default: the model's own)"
-    add("--img-size", type=at_least(1), metavar="N", help=size)
+    add("--drop-path", type=RATE, default=0.1, metavar="RATE", help="its drop path rate")
+    add("--img-size", type=COUNT, help="image height and width in pixels (default: the model's)")
+    pairs = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "KEY=VALUE"}
+    add("--model-kwargs", **pairs, help="further arguments of the model")
     add("--json", action="store_true", help="print JSON, with the names of all parameters")
-    return parser
-
-
-def _patch(name: str, drop_path: float, img_size: int | None) -> ResidualDropPath:
-    """The model's controller; the model is on the meta device if it can be created there."""
-    kwargs: dict[str, Any] = {"drop_path_rate": drop_path}
-    example_input = None
-    with refused_model(name):
-        if img_size:
-            sizes = {"img_size": img_size, "input_size": None, "in_chans": None}
-            kwargs |= img_size_kwargs(argparse.Namespace(model=name, model_kwargs={}, **sizes))
-            example_input = torch.empty(2, 3, img_size, img_size, device="meta")
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name, **kwargs)
-        except (NotImplementedError, RuntimeError):  # its constructor reads values
-            model = timm.create_model(name, **kwargs)
-        return ResidualDropPath(model, example_input=example_input)
-
-
-def _modules_of(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The largest modules of which every parameter is among `names`, and what is left over."""
-    left = set(names)
-    largest = []
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        inside = {f"{prefix}.{n}" for n, _ in module.named_parameters()}
-        if prefix and inside and inside <= left:
-            largest.append(prefix)
-            left -= inside
-    return sorted(left) + largest
+    return show_defaults(parser)
 
 
 def _wrapped(names: Iterable[str]) -> list[str]:
     text = ", ".join(name.replace(" ", "\0") for name in names)  # no break within a name
     lines = textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
     return [f"  {line}".replace("\0", " ") for line in lines]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

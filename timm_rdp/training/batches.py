@@ -1,14 +1,20 @@
-"""The batches of an epoch: loaded, put on the device, mixed, counted, grouped into updates."""
+"""The batches of an epoch: their order, loaded, put on the device, mixed, grouped into updates."""
 
 import argparse
+import copy
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from timm import utils
+from torch.utils.data import DataLoader, IterableDataset
 
 from timm_rdp.training.data import Data
 from timm_rdp.training.state import RunState
@@ -34,37 +40,53 @@ def load_batches(
 ) -> Iterator[MicroBatch]:
     """The training loader's batches, each loaded when it is asked for, and counted in `state`.
 
-    Args:
-        dtype: of the images; None for float32.
-        stream: a context that draws what the data draws.
+    What loading one draws is drawn within the context `stream()`.
     """
     loader = None
     while True:
         with stream():
-            if loader is None:
-                loader = iter(data.train)
-            try:
-                input, target = next(loader)
-            except StopIteration:
+            loader = iter(data.train) if loader is None else loader
+            loaded = next(loader, None)
+            if loaded is None:
                 return
-            input, target = to_device(args, input, target, device, dtype, data.mixup_fn)
+            input, target = to_device(args, loaded, device, dtype, data.mixup_fn)
         size = (input["patches"] if isinstance(input, dict) else input).shape[0]
-        batch = MicroBatch(
-            state.batches_done, input, target, size, _loss_scale(args, data, size, device)
-        )
+        scale = _loss_scale(args, data.batch_size_reference, size, device)
         state.batches_done += 1
-        yield batch
+        yield MicroBatch(state.batches_done - 1, input, target, size, scale)
+
+
+def first_batch(
+    args: argparse.Namespace, data: Data, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Any, torch.Tensor] | None:
+    """One batch of the training data, loaded by this process; None where that would move the data.
+
+    Of an iterable data set, which keeps its own place. The caller restores the random state.
+    """
+    inner = getattr(data.train, "loader", data.train)
+    if args.naflex_loader:
+        loaded = next(iter(inner.dataset))
+    elif inner.batch_sampler is None or isinstance(inner.dataset, IterableDataset):
+        return None
+    else:
+        loaded = inner.collate_fn([inner.dataset[i] for i in next(iter(inner.batch_sampler))])
+    if inner is not data.train:
+        prefetcher = copy.copy(data.train)
+        prefetcher.loader = [loaded]
+        loaded = next(iter(prefetcher))
+    return to_device(args, loaded, device, dtype, data.mixup_fn)
 
 
 def to_device(
     args: argparse.Namespace,
-    input: Any,
-    target: torch.Tensor,
+    loaded: tuple[Any, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype | None,
     mixup_fn: Callable | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """What timm's prefetcher would have done, where it is not in use; then the memory layout."""
+
+    input, target = loaded
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -76,7 +98,7 @@ def to_device(
         if isinstance(input, dict):
             input = {name: move(value) for name, value in input.items()}
         elif isinstance(input, list | tuple):  # augmentation splits, one after the other
-            target = target.repeat(len(input))
+            target = torch.cat([target] * len(input))
             input = torch.cat([move(split) for split in input])
         else:
             input = move(input)
@@ -88,15 +110,15 @@ def to_device(
 
 
 def _loss_scale(
-    args: argparse.Namespace, data: Data, size: int, device: torch.device
+    args: argparse.Namespace, reference: float, size: int, device: torch.device
 ) -> float | torch.Tensor | None:
     """How much a batch counts where batch sizes vary; None where they do not."""
-    if not (data.naflex or data.scheduled):
+    naflex = args.naflex_loader
+    if not (naflex or args.train_img_sizes):
         return None
-    mode = args.naflex_loss_scale if data.naflex else args.variable_batch_loss_scale
-    share = size / data.batch_size_reference
-    scale = {"none": 1.0, "linear": share, "sqrt": share**0.5}[mode or "none"]
-    if data.naflex and args.distributed:
+    mode = args.naflex_loss_scale if naflex else args.variable_batch_loss_scale
+    scale = {"none": 1.0, "linear": size / reference, "sqrt": (size / reference) ** 0.5}[mode]
+    if naflex and args.distributed:
         # Ranks may hold batches of different size: weigh each one by its share of the whole.
         total = torch.tensor(size, device=device, dtype=torch.float32)
         return scale * args.world_size * size / utils.reduce_tensor(total, 1)
@@ -110,9 +132,7 @@ def update_sizes(num_batches: int, accumulate: int) -> Iterator[tuple[int, int, 
     updates wherever the batch number is a multiple of that: 7 batches by 4 make updates of
     4, 2 and 1, the last two divided by 3. Kept, because runs are to agree bit for bit.
 
-    Args:
-        num_batches: what the loader says its length is; a longer one goes on in full groups.
-        accumulate: batches per update.
+    A loader that is longer than it says goes on in full groups.
 
     Yields:
         number of batches, divisor of their losses, whether the epoch ends here
@@ -185,3 +205,93 @@ class DataStream:
         finally:
             self.state = random_state(self._device)
             set_random_state(outside, self._device)
+
+
+@dataclass
+class Replay:
+    """How the next pass over a batch sampler goes on with one that another process began."""
+
+    skip: int = 0  # batches
+    order: dict | None = None  # random state from which the order is drawn
+    states: deque = field(default_factory=deque)  # set before each of the next batches is loaded
+
+
+@dataclass
+class SamplerPass:
+    """Where one epoch's pass over a batch sampler stands."""
+
+    order: dict | None = None  # random state from which the order was drawn
+    yielded: int = 0  # batches
+    states: deque = field(default_factory=partial(deque, maxlen=8))  # before the newest batches
+
+
+class ResumableSampler:
+    """A batch sampler whose passes can be noted and continued; all else is the original's.
+
+    The order of an epoch is drawn when its first batch is asked for, and a batch's augmentation
+    when it is loaded, which may be one batch before it is used (timm's prefetcher). So the random
+    state is noted at both moments. A resumed epoch draws the same order, passes over the batches
+    that were used without loading them, and loads the others from the same states.
+
+    Args:
+        sampler: the original: yields lists of indices.
+        in_process: whether this process loads the batches (no workers): only then the random states
+            before each of them are known.
+        is_continued: whether a pass over it may be continued where it was left.
+    """
+
+    def __init__(self, sampler: Any, in_process: bool, is_continued: bool = True):
+        self._sampler = sampler
+        self.in_process = in_process
+        self.is_continued = is_continued
+        self.replay: Replay | None = None
+        self.workers_are_seeded = False
+        self.before: dict | None = None
+        self.current: SamplerPass | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # torch draws the seed of a loader's workers when it starts them: once, where they persist.
+        # A resumed run starts them a second time, so what that draws is taken back. torch asks for
+        # two iterators then, the first one before it draws.
+        if self.workers_are_seeded:
+            self.workers_are_seeded, self.before = False, random_state()
+        self.current = SamplerPass()
+        return self._batches(self.current)
+
+    def _batches(self, current: SamplerPass) -> Iterator[list[int]]:
+        replay = self.replay or Replay()
+        start = replay.order or self.before
+        self.replay = self.before = None
+        if start is not None:
+            set_random_state(start)
+        current.order, current.yielded = random_state(), replay.skip
+        for indices in islice(self._sampler, replay.skip, None):
+            if replay.states:
+                set_random_state(replay.states.popleft())
+            if self.in_process and self.is_continued:
+                current.states.append(random_state())
+            current.yielded += 1
+            yield indices
+        if replay.states:
+            set_random_state(replay.states.pop())
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_sampler":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+
+def make_resumable(loader: Any, is_continued: bool = True) -> ResumableSampler | None:
+    """Put a ResumableSampler into a loader of timm's; None where there is no batch sampler."""
+    inner = getattr(loader, "loader", loader)
+    if not isinstance(inner, DataLoader) or inner.batch_sampler is None:
+        return None  # an iterable data set: it alone knows its order
+    if hasattr(inner, "iterator"):  # timm's MultiEpochsDataLoader: one pass without an end
+        return None
+    sampler = ResumableSampler(inner.batch_sampler, inner.num_workers == 0, is_continued)
+    # DataLoader refuses to have it replaced, though nothing but iter() has looked at it so far.
+    vars(inner)["batch_sampler"] = sampler
+    return sampler

@@ -3,8 +3,6 @@
 Everything is read with `weights_only=True`: a checkpoint is data, never code.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -20,9 +18,8 @@ from timm.task import TrainingTask
 from torch import nn
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.core.versions import safe_globals
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.training.saver import Saver as Saver
-from timm_rdp.training.saver import restore_history as restore_history
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ def read_checkpoint(path: str | Path, flag: str, mmap: bool = False) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"{flag} {path}: there is no such file; check the path")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with safe_globals([argparse.Namespace]):
             mmap = mmap and zipfile.is_zipfile(path)  # files from before torch 1.6 are none
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
@@ -57,7 +54,7 @@ def find_newest(args: argparse.Namespace) -> None:
     """Replace `--resume auto` by the newest checkpoint of the run's folder that can be read.
 
     Raises:
-        UsageError: the folder's name is not given.
+        UsageError: the folder's name is not given, or ranks see different checkpoints.
     """
     if args.resume != "auto":
         return
@@ -68,52 +65,34 @@ def find_newest(args: argparse.Namespace) -> None:
     args.resume = ""
     folder = Path(args.output or "./output/train", args.experiment)
     names = ("last", "recovery-*", "checkpoint-*", "milestone-*", "model_best")
-    found = [path for name in names for path in folder.glob(f"{name}.pth.tar")]
-    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+    files = [path for name in names for path in folder.glob(f"{name}.pth.tar")]
+    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:
-            _weights_of(read_checkpoint(path, "--resume", mmap=True), f"--resume {path}")
-        except UsageError as error:
-            _logger.warning(
-                f"{str(error).removeprefix('--resume ')}: passing over to the one before"
-            )
-        else:
+            weights_of(read_checkpoint(path, "--resume", mmap=True), f"--resume {path}")
             args.resume = str(path)
-            return
-    _logger.info(f"--resume auto: there is no checkpoint in {folder}, starting from the beginning")
+            break
+        except UsageError as error:
+            why = str(error).removeprefix("--resume ")
+            _logger.warning(f"{why}: passing over to the one before")
+    else:
+        _logger.info(f"--resume auto: there is no checkpoint in {folder}, starting afresh")
+    if args.distributed:
+        found = [""] * args.world_size
+        torch.distributed.all_gather_object(found, args.resume)
+        if len(set(found)) > 1:
+            listed = ", ".join(path or "none" for path in dict.fromkeys(found))
+            raise UsageError(
+                f"--resume auto: ranks see different checkpoints ({listed}); --output must be a "
+                "folder that all of them share"
+            )
 
 
-def check_same_choice(args: argparse.Namespace) -> None:
-    """Check that `--resume auto` found the same on every rank.
-
-    Raises:
-        UsageError: it did not.
-    """
-    if not args.distributed:
-        return
-    found = [""] * args.world_size
-    torch.distributed.all_gather_object(found, args.resume)
-    if len(set(found)) > 1:
-        listed = ", ".join(path or "none" for path in dict.fromkeys(found))
-        raise UsageError(
-            f"--resume auto: ranks see different checkpoints ({listed}); --output must be a folder "
-            "that all of them share"
-        )
-
-
-def check_checkpoints(args: argparse.Namespace) -> None:
-    """Read every checkpoint that the options name, before anything is built.
-
-    Raises:
-        UsageError: one of them cannot be read or holds no weights.
-    """
-    if args.pretrained_path and not args.pretrained:
-        raise UsageError(
-            f"--pretrained-path {args.pretrained_path} is only read with --pretrained: add it"
-        )
-    for flag in ("--resume", "--initial-checkpoint", "--pretrained-path"):
+def check_weights_files(args: argparse.Namespace) -> None:
+    """Read the weights that options name, before anything is built: UsageError names the file."""
+    for flag in ("--initial-checkpoint", "--pretrained-path"):
         path = getattr(args, flag[2:].replace("-", "_"))
-        if path and (flag == "--resume" or not _is_foreign(path)):
-            _weights_of(read_checkpoint(path, flag, mmap=True), f"{flag} {path}")
+        if path and not _is_foreign(path):
+            weights_of(read_checkpoint(path, flag, mmap=True), f"{flag} {path}")
 
 
 def _is_foreign(path: str) -> bool:
@@ -121,7 +100,7 @@ def _is_foreign(path: str) -> bool:
     return Path(path).suffix.lower() in (".npz", ".npy", ".safetensors")
 
 
-def _weights_of(checkpoint: Any, what: str) -> tuple[str, dict[str, torch.Tensor]]:
+def weights_of(checkpoint: Any, what: str) -> tuple[str, dict[str, torch.Tensor]]:
     """The key under which a checkpoint keeps its weights ('': it is nothing else), and those."""
     found = checkpoint if isinstance(checkpoint, Mapping) else {}
     key = next((k for k in ("state_dict", "model") if found.get(k) is not None), "")
@@ -212,7 +191,7 @@ def resume(
     """
     what = f"--resume {args.resume}"
     checkpoint = read_checkpoint(args.resume, "--resume")
-    key, weights = _weights_of(checkpoint, what)
+    key, weights = weights_of(checkpoint, what)
     if not key:
         checkpoint = {}
     check_fit(utils.unwrap_model(task.get_eval_model()), weights, what, args.model)
@@ -282,11 +261,3 @@ def load_ema(args: argparse.Namespace, task: TrainingTask, checkpoint: dict) -> 
     )
     state = {"state_dict_ema": "task_state_ema", "state_dict": "task_state"}.get(key, "")
     task.load_checkpoint_state(clean_state_dict(checkpoint[key]), checkpoint.get(state), ema=True)
-
-
-def all_finite(module: nn.Module) -> bool:
-    """Whether every weight and statistic of a module is a finite number."""
-    tensors = [t for t in module.state_dict().values() if t.is_floating_point() and t.numel()]
-    with torch.no_grad():
-        largest = [n.float() for n in torch._foreach_norm(tensors, float("inf"))]
-        return bool(torch.stack(largest).isfinite().all())

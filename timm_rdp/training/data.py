@@ -2,11 +2,15 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
@@ -15,23 +19,15 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
 )
+from timm.data.auto_augment import NAME_TO_OP
 from timm.utils import is_primary
 from torch import nn
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.training.dataset import check_data, check_outputs, make_dataset
-from timm_rdp.training.inputs import check_model_takes, patch_size
-
-__all__ = ["Data", "check_data", "close_data", "create_data", "mixup_active"]
+from timm_rdp.training.dataset import IMG_MODES, check_outputs, make_dataset
+from timm_rdp.training.model import mixup_active, patch_size
 
 _logger = logging.getLogger(__name__)
-
-# Options that timm's loader factories call as the command line does.
-_TRAIN_OPTIONS = (
-    *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip"),
-    *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
-    *("worker_seeding",),
-)
 
 
 @dataclass
@@ -41,16 +37,7 @@ class Data:
     train: Any
     eval: Any | None
     mixup_fn: Mixup | None  # None with the prefetcher, which mixes while it collates
-    mixup_active: bool
-    num_aug_splits: int
     batch_size_reference: float  # mean batch size of scheduled image sizes, else --batch-size
-    naflex: bool
-    scheduled: bool
-
-
-def mixup_active(args: argparse.Namespace) -> bool:
-    """Whether the options ask for mixup or cutmix."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def create_data(
@@ -65,53 +52,76 @@ def create_data(
     Args:
         args: the options, with those that timm's `init_distributed_device` adds.
         data_config: from timm's `resolve_data_config`.
-        model: the model before it is wrapped; tried on the sizes that the options ask for.
+        model: asked for its patch size, for NaFlex.
         device: where batches go.
         model_dtype: dtype of the images, None for float32.
 
     Raises:
         UsageError: a data set cannot be made, or holds more classes than the model has outputs.
     """
-    check_model_takes(args, data_config, model)
-    img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    channels = data_config["input_size"][0]
+    img_mode = args.input_img_mode or IMG_MODES[channels]
     train = make_dataset(args, img_mode, is_training=True)
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
     # Some data sets tell their classes only once they are made.
     reader = getattr(train, "reader", None)
-    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None)
-    check_outputs(len(classes or ()), args.num_classes, args)
-    _log_demo(args, len(train))
+    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
+    check_outputs(len(classes), args.num_classes, args)
     common = dict(
-        mean=data_config["mean"],
-        std=data_config["std"],
+        mean=_per_channel(data_config["mean"], channels),
+        std=_per_channel(data_config["std"], channels),
         pin_memory=args.pin_mem,
         img_dtype=model_dtype or torch.float32,
         device=device,
         distributed=args.distributed,
         use_prefetcher=not args.no_prefetcher,
+        persistent_workers=args.persistent_workers,
     )
+    mix = _mixup_kwargs(args) if mixup_active(args) else None
+    if args.aa:
+        _let_posterize_keep_nothing(is_primary(args))
     with refused_with("timm cannot make a loader with these options"):
-        make = partial(_naflex_loaders, model) if args.naflex_loader else _image_loaders
-        train_loader, val_loader, mixup_fn = make(args, data_config, train, val, common)
-    if len(train_loader) == 0:
+        if args.naflex_loader:
+            size = patch_size(model)
+            with redirect_stdout(None):  # timm prints its schedule
+                loaders = _naflex_loaders(args, data_config, train, val, common, mix, size)
+        else:
+            loaders = _image_loaders(args, data_config, train, val, common, mix)
+    if len(loaders[0]) == 0:
         raise UsageError(
             f"--batch-size {args.batch_size} is more than the {len(train)} training images there "
             "are, so that an epoch has no batch; give a smaller one"
         )
-    scheduled = args.train_img_sizes is not None
-    if scheduled:
-        _log_schedule(args, train_loader.batch_sampler)
-    sizes = train_loader.batch_sampler.average_batch_size if scheduled else args.batch_size
-    return Data(
-        train=train_loader,
-        eval=val_loader,
-        mixup_fn=mixup_fn,
-        mixup_active=mixup_active(args),
-        num_aug_splits=args.aug_splits,
-        batch_size_reference=float(sizes),
-        naflex=args.naflex_loader,
-        scheduled=scheduled,
-    )
+    reference = args.batch_size
+    if args.train_img_sizes is not None:
+        reference = loaders[0].batch_sampler.average_batch_size
+    if is_primary(args):
+        _log(args, len(train), len(classes), loaders[0].batch_sampler)
+    return Data(*loaders, float(reference))
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value per channel; where there are others, their average, as in timm's prefetcher."""
+    if len(values) == channels:
+        return tuple(values)
+    return (np.mean(values).item(),) * channels
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    if bits_to_keep == 0:
+        return image.point(lambda _: 0)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
+
+
+def _let_posterize_keep_nothing(is_told: bool) -> None:
+    """Give the black image where timm's augmentation keeps 0 bits, an error since Pillow 13."""
+    try:
+        ImageOps.posterize(Image.new("L", (1, 1)), 0)
+    except ValueError:
+        if is_told and NAME_TO_OP["Posterize"] is not _posterize:
+            _logger.info("Posterizing to 0 bits gives a black image, as before Pillow 13.")
+        names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+        NAME_TO_OP.update(dict.fromkeys(names, _posterize))
 
 
 def close_data(data: Data) -> None:
@@ -131,25 +141,18 @@ def close_data(data: Data) -> None:
 Loaders = tuple[Any, Any | None, Mixup | None]  # training, validation, mixup left to the loop
 
 
-def _mixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-    )
-
-
 def _image_loaders(
-    args: argparse.Namespace, data_config: dict, train: Any, val: Any | None, common: dict
+    args: argparse.Namespace,
+    data_config: dict,
+    train: Any,
+    val: Any | None,
+    common: dict,
+    mix: dict | None,
 ) -> Loaders:
     mixup_fn = None
-    if mixup_active(args):
-        mix = Mixup if args.no_prefetcher else FastCollateMixup
-        only_images = dict(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax)
-        mixup_fn = mix(**only_images, **_mixup_kwargs(args))
+    if mix is not None:
+        kind = Mixup if args.no_prefetcher else FastCollateMixup
+        mixup_fn = kind(mode=args.mixup_mode, cutmix_minmax=args.cutmix_minmax, **mix)
     if args.aug_splits > 1:
         train = AugMixDataset(train, num_splits=args.aug_splits)
     progressive = args.train_size_schedule == "progressive"
@@ -174,49 +177,68 @@ def _image_loaders(
 
 
 def _naflex_loaders(
-    model: nn.Module,
     args: argparse.Namespace,
     data_config: dict,
     train: Any,
     val: Any | None,
     common: dict,
+    mix: dict | None,
+    own_size: tuple[int, int],
 ) -> Loaders:
-    own = dict(patch_size=patch_size(model))
-    sizes: dict[str, Any] = own
+    sizes: dict[str, Any] = dict(patch_size=own_size)
     if args.naflex_patch_sizes:
         sizes = dict(patch_size_choices=args.naflex_patch_sizes)
         if args.naflex_patch_size_probs:
             sizes["patch_size_choice_probs"] = args.naflex_patch_size_probs
+    if mix is not None:
+        mix = dict(mixup_fn=NaFlexMixup(**mix, mixup_off_epoch=args.mixup_off_epoch))
     channels_last = not args.naflex_patchify_channels_first
     create = partial(create_naflex_loader, patchify_channels_last=channels_last, **common)
     train_loader = create(
         train,
         train_seq_lens=args.naflex_train_seq_lens,
-        mixup_fn=NaFlexMixup(**_mixup_kwargs(args)) if mixup_active(args) else None,
         rank=args.rank,
         world_size=args.world_size,
+        **(mix or {}),
         **sizes,
         **_train_kwargs(args, data_config),
     )
-    length = dict(max_seq_len=args.naflex_max_seq_len)
-    val_kwargs = _val_kwargs(args, data_config)
-    return train_loader, val and create(val, **own, **length, **val_kwargs), None
+    val_kwargs = dict(patch_size=own_size, max_seq_len=args.naflex_max_seq_len)
+    return train_loader, val and create(val, **val_kwargs, **_val_kwargs(args, data_config)), None
+
+
+def _mixup_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+        multi_label=args.task == "multilabel",
+    )
+
+
+# Options that timm's loader factories call as the command line does, and otherwise.
+_SAME = (
+    *("batch_size", "no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip"),
+    *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
+    *("worker_seeding",),
+)
+_RENAMED = {
+    **dict(re_prob="reprob", re_mode="remode", re_count="recount", re_split="resplit"),
+    **dict(auto_augment="aa", num_aug_repeats="aug_repeats", num_aug_splits="aug_splits"),
+    **dict(num_workers="workers"),
+}
 
 
 def _train_kwargs(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[str, Any]:
     interpolation = None if args.no_aug else args.train_interpolation
     return dict(
         is_training=True,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_split=args.resplit,
-        auto_augment=args.aa,
-        num_aug_repeats=args.aug_repeats,
-        num_aug_splits=args.aug_splits,
         interpolation=interpolation or data_config["interpolation"],
-        num_workers=args.workers,
-        **{name: getattr(args, name) for name in _TRAIN_OPTIONS},
+        **{name: getattr(args, name) for name in _SAME},
+        **{name: getattr(args, option) for name, option in _RENAMED.items()},
     )
 
 
@@ -233,19 +255,28 @@ def _val_kwargs(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[s
     )
 
 
-def _log_demo(args: argparse.Namespace, images: int) -> None:
-    if args.demo and is_primary(args):
+def _log(args: argparse.Namespace, images: int, classes: int, sampler: Any) -> None:
+    if 0 < classes < args.num_classes:
+        _logger.info(
+            f"The model has {args.num_classes} outputs for {classes} classes; --num-classes "
+            f"{classes} leaves out what is never trained on"
+        )
+    if args.demo:
         _logger.info(
             f"Demo: training on {images} of scikit-learn's handwritten digits, in "
             f"{args.data_dir}. For your own images give --data-dir FOLDER, with FOLDER/train and "
             "FOLDER/validation, each of one folder of images per class."
         )
-
-
-def _log_schedule(args: argparse.Namespace, sampler: Any) -> None:
-    if is_primary(args):
+    if args.train_img_sizes is not None:
         _logger.info(
             f"Scheduled image sizes {args.train_img_sizes} with batch sizes {sampler.batch_sizes} "
             f"({args.train_size_schedule}): {len(sampler)} batches per epoch of "
             f"{sampler.average_batch_size:.2f} images on average"
+        )
+    long_lived = args.persistent_workers or args.use_multi_epochs_loader
+    mixes = args.mixup_off_epoch and mixup_active(args) and not args.no_prefetcher
+    if mixes and args.workers and long_lived and not args.naflex_loader:
+        _logger.warning(
+            f"--mixup-off-epoch {args.mixup_off_epoch} does not reach loader processes that live "
+            "on, which mix in the prefetcher: add --no-persistent-workers"
         )

@@ -1,20 +1,30 @@
-"""Data sets: found, checked before there is a model, and strict about images that are broken."""
+"""Data sets: found, checked before there is a model, strict about broken images; and the demo's."""
 
 import argparse
 import logging
 import os
+from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from timm.data.dataset_factory import _search_split
 from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import get_pretrained_cfg, parse_model_name
+from torch.utils.data import IterableDataset
 
 from timm_rdp.errors import DataError, UsageError, one_line, refused_with
 
 _logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "TIMM_RDP_CACHE"
+IMG_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+SPLITS = ("train", "validation")  # the default names
+VALIDATION_SHARE = 5  # every fifth image of a class
 
 
 def check_data(args: argparse.Namespace) -> int | None:
@@ -24,37 +34,49 @@ def check_data(args: argparse.Namespace) -> int | None:
         the number of classes, or None for a data set that is not a folder or a tar.
 
     Raises:
-        UsageError: a folder is missing or empty, the splits differ in their classes, or the classes
-            do not fit `--num-classes` or, without it, the model's own number.
+        UsageError: a folder is missing or empty, or the splits' classes differ or do not fit
+            `--num-classes` or the model.
     """
     if not _is_folder(args):
         return None
     root = args.data_dir
     if not root:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir FOLDER")
-    train_root, val_root = (
-        _split_root(root, split) for split in (args.train_split, args.val_split)
-    )
-    train = _reader(train_root, args.class_map, args.input_key)
+    if args.task == "multilabel":
+        raise UsageError(
+            f"--data-dir {root} is read as class folders, of one label an image: --task multilabel "
+            "needs --dataset and --target-key"
+        )
+    roots = [_split_root(root, split) for split in (args.train_split, args.val_split)]
+    train = _reader(roots[0], args.class_map, args.input_key)
     if args.val_split:
-        if train_root != root and val_root == root:
-            raise UsageError(
-                f"--data-dir {root} has no folder for --val-split {args.val_split}; make one, or "
-                "give --val-split '' to train without validation"
-            )
-        if train_root == root and val_root != root:
-            raise UsageError(
-                f"--data-dir {root} has no folder for --train-split {args.train_split}"
-            )
-        if train_root == val_root:
+        is_split = set(roots) != {root} or (args.train_split, args.val_split) != SPLITS
+        for split, own in zip(("train", "val"), roots, strict=True):
+            if is_split and own == root:
+                raise UsageError(
+                    f"--data-dir {root} has no folder for --{split}-split "
+                    f"{getattr(args, f'{split}_split')}; make one"
+                    + (", or give --val-split '' to train without validation" * (split == "val"))
+                )
+        if roots[0] == roots[1]:
             _logger.warning(f"{root} is not split: validation sees the images of training")
-        val = _reader(val_root, args.class_map, args.input_key)
+        val = _reader(roots[1], args.class_map, args.input_key)
         if not args.class_map:
+            for own, reader in zip(roots, (train, val), strict=True):
+                _check_folders(Path(own), reader.class_to_idx)
             _check_same_classes(set(train.class_to_idx), set(val.class_to_idx), args)
     if args.class_map:
         return max(train.class_to_idx.values()) + 1
     count = len(train.class_to_idx)
-    _check_class_count(count, args)
+    if args.num_classes not in (None, count):
+        raise UsageError(
+            f"--num-classes {args.num_classes} does not fit --data-dir {root}, which has {count} "
+            f"classes; give --num-classes {count}"
+        )
+    if args.num_classes is None:
+        source, name = parse_model_name(args.model)
+        config = None if source else get_pretrained_cfg(name)
+        check_outputs(count, config.num_classes if config else count, args)
     return count
 
 
@@ -72,17 +94,19 @@ class _StrictImageDataset(ImageDataset):
             raise DataError(f"the image {name} cannot be read: {one_line(error)}") from error
         if self.transform is not None:
             image = self.transform(image)
+        if target is not None and self.target_transform is not None:
+            target = self.target_transform(target)
         return image, -1 if target is None else target
+
+
+def _split_root(root: str, split: str) -> str:
+    return _search_split(root, split) if os.path.isdir(root) else root
 
 
 def _is_folder(args: argparse.Namespace) -> bool:
     """Whether timm would read the data set as a folder of class folders, or as a tar of one."""
     prefix, separator, _ = args.dataset.partition("/")
     return not (separator and prefix.lower() in ("torch", "hfds", "hfids", "tfds", "wds"))
-
-
-def _split_root(root: str, split: str) -> str:
-    return _search_split(root, split) if os.path.isdir(root) else root
 
 
 @lru_cache(maxsize=2)
@@ -94,7 +118,10 @@ def _reader(root: str, class_map: str, input_key: str | None) -> Any:
         try:
             return create_reader("", root=root, class_map=class_map, input_key=input_key)
         except RuntimeError:
-            raise UsageError(f"the data folder {root} holds no images in class folders") from None
+            named = f" that --class-map {class_map} names" if class_map else ""
+            raise UsageError(
+                f"the data folder {root} holds no images in class folders{named}"
+            ) from None
 
 
 def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> Any:
@@ -103,7 +130,12 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
     if _is_folder(args):
         reader = _reader(_split_root(args.data_dir, split), args.class_map, args.input_key)
         return _StrictImageDataset(args.data_dir, reader=reader, input_img_mode=img_mode)
-    only_training = dict(seed=args.seed, repeats=args.epoch_repeats) if is_training else {}
+    more: dict[str, Any] = {}
+    if args.task == "multilabel":
+        dense = args.target_format == "multihot"
+        more["target_transform"] = MultiLabelTarget(args.num_classes, dense=dense)
+    if is_training:
+        more |= dict(seed=args.seed, repeats=args.epoch_repeats)
     with refused_with(f"--dataset {args.dataset} (split {split}) in --data-dir {args.data_dir}"):
         dataset = create_dataset(
             args.dataset,
@@ -116,13 +148,31 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
             input_img_mode=img_mode,
             input_key=args.input_key,
             target_key=args.target_key,
+            target_format=args.target_format,
             num_samples=args.train_num_samples if is_training else args.val_num_samples,
             trust_remote_code=args.dataset_trust_remote_code,
-            **only_training,
+            **more,
         )
+        if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+            dataset[0]  # its fields, and whether they fit the task
     if type(dataset) is ImageDataset:
         dataset.__class__ = _StrictImageDataset
     return dataset
+
+
+def _check_folders(root: Path, classes: Iterable[str]) -> None:
+    """Refuse folders that would be, or would not be, a class by accident."""
+    if hidden := [name for name in classes if name.startswith(".")]:
+        raise UsageError(f"{root} holds {hidden[0]}, which would be a class; remove it")
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if not folder.is_dir() or folder.name.startswith(".") or folder.name in classes:
+            continue
+        inside = list(folder.iterdir())
+        if inside and not any(path.is_dir() for path in inside):
+            read = " ".join(get_img_extensions())
+            raise UsageError(
+                f"{folder} holds no image that timm reads ({read}), but e.g. {inside[0].name}"
+            )
 
 
 def _check_same_classes(train: set[str], val: set[str], args: argparse.Namespace) -> None:
@@ -135,21 +185,6 @@ def _check_same_classes(train: set[str], val: set[str], args: argparse.Namespace
             )
 
 
-def _check_class_count(count: int, args: argparse.Namespace) -> None:
-    """Compare the data's classes with `--num-classes` or, without it, with the model's outputs."""
-    if args.num_classes is not None:
-        if count != args.num_classes:
-            raise UsageError(
-                f"--num-classes {args.num_classes} does not fit --data-dir {args.data_dir}, which "
-                f"has {count} classes; give --num-classes {count}"
-            )
-        return
-    source, name = parse_model_name(args.model)
-    config = None if source else get_pretrained_cfg(name)
-    if config:
-        check_outputs(count, config.num_classes, args)
-
-
 def check_outputs(count: int, outputs: int, args: argparse.Namespace) -> None:
     """Raises UsageError where the data has more classes than the model has outputs."""
     if count > outputs:
@@ -157,3 +192,47 @@ def check_outputs(count: int, outputs: int, args: argparse.Namespace) -> None:
             f"--data-dir {args.data_dir} has {count} classes, but {args.model} has {outputs} "
             f"outputs; give --num-classes {count}"
         )
+
+
+def prepare_demo(root: Path | None = None) -> Path:
+    """Write scikit-learn's digits as `train/` and `validation/`, and return the folder of both.
+
+    1,797 greyscale images of 8 x 8 pixels in ten class folders; every fifth of a class is held
+    out. Written once: a folder that exists is complete, because it gets its name last.
+
+    Args:
+        root: folder to write into; None for $TIMM_RDP_CACHE, else $XDG_CACHE_HOME/timm-rdp, else
+            ~/.cache/timm-rdp.
+
+    Raises:
+        UsageError: scikit-learn is missing, or the folder cannot be written.
+    """
+    with refused_with(f"the demo's images (set {CACHE_VARIABLE} to a folder that can be written)"):
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = os.environ.get(CACHE_VARIABLE) or f"{caches}/timm-rdp"
+        folder = (root or Path(cache).expanduser()) / "digits-v1"
+        if folder.is_dir():
+            return folder
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise UsageError(
+                "the demo needs scikit-learn, which is not installed: pip install scikit-learn, "
+                "or train on images of your own with --data-dir FOLDER"
+            ) from None
+        digits: Any = load_digits()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="digits-v1-", dir=folder.parent) as temporary:
+            for index, digit in enumerate(digits.target):
+                place = (digits.target[:index] == digit).sum()  # within the class
+                split = "train" if place % VALIDATION_SHARE else "validation"
+                target = Path(temporary, "digits", split, str(digit))
+                target.mkdir(parents=True, exist_ok=True)
+                grey = (digits.images[index] * (255 / 16)).round().astype("uint8")
+                Image.fromarray(grey).save(target / f"{index:04d}.png")
+            try:
+                Path(temporary, "digits").rename(folder)
+            except OSError:
+                if not folder.is_dir():  # another process was not faster either
+                    raise
+    return folder

@@ -1,9 +1,12 @@
 """The command line of timm's training script, flag by flag, with timm's names and defaults."""
 
+import argparse
 from collections.abc import Callable
 
-from timm_rdp import add_rdp_args
-from timm_rdp.training.parser import KeyValues, Parser, number
+from timm.loss import LOSS_TYPES
+from timm.utils.misc import ParseKwargs
+
+from timm_rdp.args import Parser, add_rdp_args, number, show_defaults
 
 INT, FLOAT = number(int), number(float)
 COUNT = number(int, "of at least 1", lambda x: x >= 1)
@@ -14,10 +17,22 @@ POSITIVE = number(float, "above 0", lambda x: x > 0)
 SHARE = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
 RATE = number(float, "of at least 0 and below 1", lambda x: 0 <= x < 1)
 
+TASKS = ("classification", "multilabel")
 RESIZE = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SCHEDULES = (
     "cosine", "tanh", "step", "multistep", "poly", "plateau", "wsd", "rsqrt", "constant", "none",
 )  # fmt: skip
+
+
+class KeyValues(ParseKwargs):
+    """timm's key=value ... arguments, with a complaint where a value is no such pair."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except Exception:
+            message = f"takes key=value ..., got {' '.join(values)!r}"
+            raise argparse.ArgumentError(self, message) from None
 
 
 def build_parser() -> Parser:
@@ -31,17 +46,12 @@ def build_parser() -> Parser:
         "the flags of timm's own script. Without data it trains on a demo, handwritten digits.",
     )
     add = parser.add_argument
-    add("-c", "--config", default="", metavar="FILE", help="YAML file of flags; flags override it")
+    add("-c", "--config", default="", metavar="FILE", help="YAML file of flags, or a recipe")
     add("data", nargs="?", metavar="DIR", help="the same as --data-dir DIR")
     add_rdp_args(parser)
     for title, add_flags in _GROUPS.items():
         add_flags(parser.add_argument_group(title).add_argument)
-    for action in parser._actions:
-        if action.nargs != 0 and not (action.choices or action.metavar):
-            action.metavar = "N" if action.type else "TEXT"
-        if action.nargs != 0 and action.default and "default: " not in str(action.help):
-            action.help = f"{action.help} (default: %(default)s)"
-    return parser
+    return show_defaults(parser)
 
 
 def flag(name: str) -> str:
@@ -53,6 +63,7 @@ def flag(name: str) -> str:
 # fmt: off
 
 def _data(add: Callable) -> None:
+    add("--task", default="classification", choices=TASKS, help="one class an image, or several")
     add("--data-dir", metavar="DIR", help="folder of train and validation folders, or .tar of such")
     add("--dataset", default="", help="torch/, tfds/, wds/, hfds/ or hfids/ and a data set's name")
     add("--train-split", default="train", help="split to train on")
@@ -63,7 +74,9 @@ def _data(add: Callable) -> None:
     add("--class-map", default="", metavar="FILE", help="text file of class names, in order")
     add("--input-img-mode", help="PIL mode of images (default: RGB, or L for one channel)")
     add("--input-key", help="the data set's key of images")
-    add("--target-key", help="the data set's key of labels")
+    add("--target-key", help="the data set's key of labels; several for multilabel: a,b/c,d")
+    add("--target-format", choices=("indices", "multihot"),
+        help="multilabel: lists of class indices (the default), or vectors of 0 and 1")
     add("--dataset-trust-remote-code", action="store_true", help="let hfds/ data run its own code")
     add("--train-img-sizes", type=INT, nargs="+", help="image sizes to draw from, batch by batch")
     add("--train-batch-sizes", type=INT, nargs="+", help="for each of them (default: --batch-size)")
@@ -90,6 +103,8 @@ def _model(add: Callable) -> None:
     add("--model", default="resnet50", help="timm model, or hf-hub:ID, or local-dir:FOLDER")
     add("--pretrained", action="store_true", help="start from pretrained weights")
     add("--pretrained-path", metavar="FILE", help="pretrained weights; the head is adapted")
+    add("--pretrained-cfg-overlay", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
+        help="other entries of the pretrained model's configuration")
     add("--initial-checkpoint", default="", metavar="FILE", help="weights to load, of this model")
     add("--resume", default="", metavar="FILE", help="continue from this checkpoint, exactly where "
         "it was written; auto: from the newest good one in --output/--experiment, if there is one")
@@ -161,11 +176,15 @@ def _schedule(add: Callable) -> None:
     add("--lr-k-decay", type=FLOAT, default=1.0, help="k of k-decay for cosine and poly")
     add("--warmup-lr", type=AMOUNT, default=1e-5, help="learning rate at the start of the warmup")
     add("--min-lr", type=AMOUNT, default=0, help="lowest learning rate")
-    add("--epochs", type=INDEX, default=300, help="epochs")
+    add("--epochs", type=COUNT, default=300, help="epochs")
     add("--epoch-repeats", type=AMOUNT, default=0.0, help="iterable data set: passes per epoch")
     add("--start-epoch", type=INDEX, help="first epoch, also when resuming")
     add("--decay-milestones", type=INT, nargs="+", default=[90, 180, 270], help="multistep: epochs")
-    add("--decay-epochs", type=POSITIVE, default=90, help="step: epochs between decays")
+    add("--stop-epoch", type=INT, help="end after N epochs, with the schedule of all of them")
+    add("--decay-epochs", type=POSITIVE, help="step: epochs between decays (default: 90); wsd, "
+        "rsqrt: epochs of the decay, below 1 a share of all (default: 0.2)")
+    add("--lr-decay-fn", help="wsd, rsqrt: shape of the decay, such as 1-sqrt or linear")
+    add("--lr-stable-timescale", type=POSITIVE, help="rsqrt: in epochs (default: --warmup-epochs)")
     add("--warmup-epochs", type=INDEX, default=5, help="warmup epochs")
     add("--warmup-prefix", action="store_true", help="the warmup comes on top of --epochs")
     add("--cooldown-epochs", type=INDEX, default=0, help="epochs at the lowest rate at the end")
@@ -187,11 +206,6 @@ def _augmentation(add: Callable) -> None:
     add("--aa", help="AutoAugment, RandAugment, AugMix: original, 3a, rand-m9-mstd0.5, augmix-m5")
     add("--aug-repeats", type=AMOUNT, default=0, help="distributed: times that each image comes")
     add("--aug-splits", type=INDEX, default=0, help="versions of each image, the first one clean")
-    add("--jsd-loss", action="store_true", help="Jensen-Shannon loss between --aug-splits")
-    add("--bce-loss", action="store_true", help="binary cross entropy")
-    add("--bce-sum", action="store_true", help="BCE: sum over classes")
-    add("--bce-target-thresh", type=FLOAT, help="BCE: targets above N become 1")
-    add("--bce-pos-weight", type=AMOUNT, help="BCE: weight of positive targets")
     add("--reprob", type=SHARE, default=0.0, help="probability of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erases")
     add("--recount", type=COUNT, default=1, help="areas erased at most")
@@ -206,8 +220,35 @@ def _augmentation(add: Callable) -> None:
     add("--train-interpolation", default="random", choices=(*RESIZE, "random"), help="resize")
 
 
+def _loss(add: Callable) -> None:
+    add("--loss", choices=LOSS_TYPES, help="default: ce, or bce with --task multilabel")
+    add("--smoothing", type=RATE, help="label smoothing (default: 0.1, multilabel: 0)")
+    add("--class-stats", metavar="FILE", help="JSON file of images per class, for db and weights")
+    add("--loss-pos-weight", help="bce, asl: of positive targets: neg_pos, N, N,N,... or a file")
+    add("--loss-class-weight", help="bce, asl: inv_freq, effective_num, N, N,N,... or a file")
+    add("--loss-weight-power", type=FLOAT, default=1.0, help="exponent of weights by frequency")
+    add("--loss-weight-beta", type=FLOAT, default=0.999, help="beta of effective_num")
+    add("--loss-weight-max", type=FLOAT, help="largest weight from --class-stats")
+    add("--bce-sum", action="store_true", help="bce: sum over classes")
+    add("--bce-target-thresh", type=FLOAT, help="bce: targets above N become 1")
+    add("--asl-gamma-pos", type=FLOAT, default=1.0, help="asl: focusing on positive targets")
+    add("--asl-gamma-neg", type=FLOAT, default=4.0, help="asl: focusing on negative targets")
+    add("--asl-clip", type=FLOAT, default=0.05, help="multilabel asl: margin of negative targets")
+    add("--asl-reduction", default="batchmean", choices=("batchmean", "sum", "mean"), help="of asl")
+    add("--poly-epsilon", type=FLOAT, default=2.0, help="poly: coefficient")
+    add("--poly-gamma", type=FLOAT, default=0.0, help="multilabel poly: focal gamma")
+    add("--poly-alpha", type=FLOAT, help="multilabel poly: balance of positive targets")
+    add("--twoway-tp", type=FLOAT, default=4.0, help="twoway: temperature of positive logits")
+    add("--twoway-tn", type=FLOAT, default=1.0, help="twoway: temperature of negative logits")
+    add("--db-neg-scale", type=FLOAT, default=2.0, help="db: scale of negative logits")
+    add("--db-init-bias", type=FLOAT, default=0.05, help="db: shift of logits by class frequency")
+    add("--db-focal-gamma", type=FLOAT, default=2.0, help="db: focusing")
+    add("--bce-loss", action="store_true", help="former name of --loss bce")
+    add("--jsd-loss", action="store_true", help="former name of --loss jsd, for --aug-splits")
+    add("--bce-pos-weight", type=AMOUNT, help="former name of --loss-pos-weight")
+
+
 def _regularization(add: Callable) -> None:
-    add("--smoothing", type=RATE, default=0.1, help="label smoothing")
     add("--drop", type=RATE, default=0.0, help="dropout rate")
     add("--drop-connect", type=FLOAT, help="timm's former name of --drop-path")
     add("--drop-path", type=RATE, help="stochastic depth (default: the model's, 0.1 with --rdp)")
@@ -226,20 +267,24 @@ def _regularization(add: Callable) -> None:
 
 def _run(add: Callable) -> None:
     add("--seed", type=SEED, default=42, help="random seed")
-    add("--data-seed", type=INT, help="draw the data's order and augmentation from a stream of "
-        "their own, the same for all models and drop rates (default: timm's one stream)")
+    add("--data-seed", type=INT, help="own random stream of the data's order and augmentation")
     add("--worker-seeding", default="all", choices=("all", "part"), help="in loader workers")
     add("--log-interval", type=COUNT, default=50, help="updates between log lines")
     add("--val-interval", type=COUNT, default=1, help="epochs between validations and checkpoints")
     add("--recovery-interval", type=INDEX, default=0, help="updates between recovery checkpoints")
     add("--checkpoint-hist", type=COUNT, default=10, help="checkpoints to keep")
     add("-j", "--workers", type=INDEX, default=4, help="loader processes")
+    add("--persistent-workers", action="store_true", default=True, help="keep them (default: True)")
+    add("--no-persistent-workers", dest="persistent_workers", action="store_false",
+        help="start them anew in each epoch")
     add("--save-images", action="store_true", help="save the batch at every log line as an image")
     add("--pin-mem", action="store_true", help="load into page-locked memory")
     add("--no-prefetcher", action="store_true", help="normalise images in the loader processes")
     add("--output", default="", metavar="DIR", help="folder of all runs (default: output/train)")
     add("--experiment", default="", help="folder in it (default: time, model and image size)")
-    add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what is judged")
+    add("--save-epochs", type=INT, nargs="+", help="epochs after which milestone-N is kept")
+    add("--eval-metric", help="ranks checkpoints (default: top1, multilabel: map)")
+    add("--multilabel-threshold", type=FLOAT, default=0.5, help="probability of a yes, for F1")
     add("--tta", type=INDEX, default=0, help="test-time augmentation: outputs averaged per image")
     add("--use-multi-epochs-loader", action="store_true", help="keep loader processes")
     add("--log-wandb", action="store_true", help="log to Weights & Biases")
@@ -264,6 +309,7 @@ _GROUPS: dict[str, Callable[[Callable], None]] = {
     "optimizer": _optimizer,
     "learning rate and epochs": _schedule,
     "augmentation": _augmentation,
+    "loss": _loss,
     "regularization, batch norm and moving average of weights": _regularization,
     "device, run and outputs": _run,
 }

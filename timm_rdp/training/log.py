@@ -35,8 +35,6 @@ class Losses:
     """The losses of one epoch, averaged as timm does; fetched only when somebody looks.
 
     Args:
-        epoch: for the message of a loss that is not finite.
-        rdp: the controller, None without --rdp.
         device: that the ranks communicate on.
         world_size: number of ranks; 0 where training is not distributed.
 
@@ -157,13 +155,9 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 class Display:
-    """Shows where a run is.
+    """Shows where a run is, in the primary process.
 
-    Args:
-        num_epochs: of the run.
-        updates_per_epoch: of a whole epoch.
-        is_primary: whether this process shows anything.
-        is_distributed: whether all ranks must fetch their losses at the same updates.
+    With several ranks, which must fetch their losses at the same updates, the bar moves only then.
     """
 
     def __init__(
@@ -189,8 +183,8 @@ class Display:
         if self.is_bar:
             self._bar = tqdm(
                 total=self._updates_per_epoch,
-                desc=f"Epoch {state.epoch + 1}/{self._num_epochs}",
-                unit="update",
+                desc=f"Train: {state.epoch}",
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
                 dynamic_ncols=True,
                 leave=False,
             )
@@ -209,12 +203,7 @@ class Display:
         return self.is_bar and time.time() - self._shown > self._interval
 
     def show(self, state: RunState, losses: Losses, lr: float, last: bool) -> None:
-        """Fetch the losses and show them; every rank must call it.
-
-        Args:
-            lr: the learning rate.
-            last: whether this is the last update of the epoch.
-        """
+        """Fetch the losses and show them; every rank must call it."""
         losses.fetch()
         self._shown = time.time()
         latest, mean = losses.latest()
@@ -235,14 +224,15 @@ class Display:
 
     def _draw_bar(self, state: RunState, losses: Losses, last: bool) -> None:
         assert self._bar is not None
-        shown = {k: f"{meter.avg:#.3g}" for k, meter in losses.phases.items() if meter.count}
-        if not shown:
-            shown["loss"] = f"{losses.first.avg:#.3g}"
-        shown["img/s"] = f"{self._samples / max(self._update_times.avg, 1e-9):.0f}"
-        # From the mean time per update so far, validation included.
+        # From the mean time per update so far, validation included. It comes first, because a
+        # narrow terminal cuts what comes last.
         per_update = (time.time() - self._run_start) / max(1, self._updates_done)
         left = (self._num_epochs - state.epoch) * self._updates_per_epoch - state.update - 1
-        shown["run left"] = tqdm.format_interval(max(0, left) * per_update)
+        shown = {"run left": tqdm.format_interval(max(0, left) * per_update)}
+        phases = {k: meter for k, meter in losses.phases.items() if meter.count}
+        for name, meter in (phases or {"loss": losses.first}).items():
+            shown[name] = f"{meter.avg:#.3g}"
+        shown["img/s"] = f"{self._samples / max(self._update_times.avg, 1e-9):.0f}"
         self._bar.n = state.update + 1
         self._bar.set_postfix(shown)
         if last:
@@ -268,7 +258,7 @@ class Display:
         """Leave one line about the epoch where the bar was."""
         if not self.is_bar:
             return
-        line = f"Epoch {state.epoch + 1}/{self._num_epochs}: loss {train['loss']:#.3g}"
+        line = f"Epoch {state.epoch}: loss {train['loss']:#.3g}"
         if rdp.get("train_loss_complement") is not None:
             line += f", complement {rdp['train_loss_complement']:#.3g}"
         if validation is not None:

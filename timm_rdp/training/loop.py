@@ -1,7 +1,6 @@
 """One epoch of training and one of validation: batches in, iterations run, losses out."""
 
 import argparse
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +16,19 @@ from torch import nn
 
 from timm_rdp import ResidualDropPath
 from timm_rdp.core.rdp import COMPLEMENT
-from timm_rdp.errors import TrainingError
-from timm_rdp.training.batches import MicroBatch, to_device, update_sizes
-from timm_rdp.training.checkpoint import all_finite
-from timm_rdp.training.interrupt import Stopped, StopSignals
+from timm_rdp.errors import TrainingError, refused_with
+from timm_rdp.training.batches import (
+    MicroBatch,
+    first_batch,
+    random_state,
+    set_random_state,
+    to_device,
+    update_sizes,
+)
+from timm_rdp.training.data import Data
 from timm_rdp.training.log import Display, Losses, mean_lr
-from timm_rdp.training.model import trained_module
+from timm_rdp.training.model import example_input, trained_module
+from timm_rdp.training.resume import Stopped, StopSignals
 from timm_rdp.training.state import RunState
 
 # Forward and backward of a micro-batch, whose loss is divided by a number; then, where the last
@@ -49,10 +55,8 @@ def train_one_epoch(
 ) -> None:
     """Train on the batches of an epoch, or on what a resumed run has left of them.
 
-    Args:
-        num_batches: of the whole epoch, as the loader says.
-        save_recovery: writes a checkpoint between two updates; every rank calls it.
-        image_folder: where `--save-images` writes.
+    The number of batches is that of the whole epoch, as the loader says. `save_recovery` writes a
+    checkpoint between two updates, on every rank; `--save-images` go to the image folder.
 
     Raises:
         Stopped: the run was asked to stop; a recovery checkpoint has been written.
@@ -67,9 +71,8 @@ def train_one_epoch(
             break
         data_time = time.time() - load_start
         group = chain([first], islice(batches, size - 1))
-        count, newest = train_on_group(
-            rdp, args.rdp_batch, train_batch, group, size, divisor, losses, update
-        )
+        batching = (args.rdp_batch, train_batch, group, size, divisor)
+        count, newest = train_on_group(rdp, *batching, losses, update)
         if count < size:  # the loader ended before the length that it told, as in timm
             break
         num_updates, state.updates_done = num_updates + 1, state.updates_done + 1
@@ -81,24 +84,18 @@ def train_one_epoch(
         if at_interval or display.is_due():
             display.show(state, losses, mean_lr(optimizer), last)
         if at_interval and args.save_images and image_folder:
-            _save_images(newest, image_folder)
+            path = f"{image_folder}/train-batch-{newest.index}.jpg"
+            torchvision.utils.save_image(newest.input, path, padding=0, normalize=True)
         if lr_scheduler is not None:
             lr_scheduler.step_update(num_updates=num_updates, metric=losses.first.avg)
         signum = stop.on_any_rank()
-        stops = signum and not (args.rdp_batch == "next" and _complement_is_next(rdp))
+        # A cycle that has begun is finished first.
+        complement = args.rdp_batch == "next" and rdp and rdp.iteration().phase == COMPLEMENT
+        stops = signum and not complement
         if stops or (args.recovery_interval and (update + 1) % args.recovery_interval == 0):
             save_recovery()
         if stops:
             raise Stopped(signum)
-
-
-def _save_images(batch: MicroBatch, folder: str) -> None:
-    path = os.path.join(folder, f"train-batch-{batch.index}.jpg")
-    torchvision.utils.save_image(batch.input, path, padding=0, normalize=True)
-
-
-def _complement_is_next(rdp: ResidualDropPath | None) -> bool:
-    return rdp is not None and rdp.iteration().phase == COMPLEMENT
 
 
 def train_on_group(
@@ -154,12 +151,7 @@ def run_iteration(
     """Forward and backward of each micro-batch, then one optimizer step.
 
     Args:
-        train_batch: does that for one of them.
-        group: the micro-batches, one or more.
-        size: how many they should be; with fewer there is no step.
-        divisor: what their losses are divided by.
-        losses: takes the detached losses.
-        update: within the epoch.
+        group: the micro-batches, one or more; with fewer than `size` there is no step.
         phase: "droppath", "complement" or "" for plain training.
         first: whether this is the first iteration that these batches get.
 
@@ -213,14 +205,58 @@ def batch_trainer(
     return train_batch
 
 
+def try_batch(
+    args: argparse.Namespace,
+    task: TrainingTask,
+    data: Data,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Forward, loss and backward of one real batch, as training does, which leaves no bit changed.
+
+    Raises:
+        UsageError: the model does not take such a batch.
+    """
+    module = trained_module(task)
+    if args.torchscript:  # whose first inputs decide how it is optimized
+        return
+    random, buffers = random_state(device), {b: b.clone() for b in task.buffers()}
+    own = getattr(module, "pretrained_cfg", {}).get("input_size")
+    hint = f" (its own: {own[1]} x {own[2]})" if own else ""
+    try:
+        with refused_with("the training data cannot be made into batches"):
+            batch = first_batch(args, data, device, dtype)
+        if batch is None:
+            return
+        images = batch[0]["patches"] if isinstance(batch[0], dict) else batch[0]
+        shape = " x ".join(map(str, images.shape))
+        with refused_with(f"{args.model}{hint} cannot be trained on batches of {shape}"):
+            with autocast():
+                loss = task.train()(*batch)["loss"]
+            loss.backward()
+            for flag in ("--train-img-sizes", "--naflex-patch-sizes"):
+                for size in getattr(args, flag[2:].replace("-", "_")) or ():
+                    example = example_input(args, input_size, module, size, device, images.dtype)
+                    with refused_with(f"{flag} {size}"), torch.no_grad(), autocast():
+                        module(example)
+    finally:
+        for parameter in task.parameters():
+            parameter.grad = None
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+        set_random_state(random, device)
+
+
 def evaluate(
     args: argparse.Namespace,
     task: TrainingTask,
-    model: nn.Module,
     loader: Any,
     device: torch.device,
     dtype: torch.dtype | None,
     autocast: Callable[[], AbstractContextManager],
+    model: nn.Module,
     display: Display,
     stop: StopSignals,
     suffix: str = "",
@@ -228,7 +264,7 @@ def evaluate(
     """Run a model over the validation loader, with the task's evaluator.
 
     Returns:
-        timm's metrics: loss, top1 and top5 (the last two in percent), of all ranks together
+        timm's metrics of all ranks together: loss, top1 and top5, or map and F1 (in percent)
 
     Raises:
         Stopped: the run was asked to stop.
@@ -237,8 +273,8 @@ def evaluate(
     last = len(loader) - 1
     model.eval()
     with torch.inference_mode():
-        for index, (input, target) in enumerate(display.watch(loader, f"Validation{suffix}")):
-            input, target = to_device(args, input, target, device, dtype)
+        for index, loaded in enumerate(display.watch(loader, f"Validation{suffix}")):
+            input, target = to_device(args, loaded, device, dtype)
             with autocast():
                 output = model(input)
                 if isinstance(output, tuple | list):
@@ -266,3 +302,11 @@ def check_weights(task: TrainingTask, state: RunState) -> None:
             f"a weight is not a finite number after epoch {state.epoch}, update {state.update}: "
             "training stops; try a lower --lr, more --warmup-epochs or --clip-grad 1.0"
         )
+
+
+def all_finite(module: nn.Module) -> bool:
+    """Whether every weight and statistic of a module is a finite number."""
+    tensors = [t for t in module.state_dict().values() if t.is_floating_point() and t.numel()]
+    with torch.no_grad():
+        largest = [n.float() for n in torch._foreach_norm(tensors, float("inf"))]
+        return bool(torch.stack(largest).isfinite().all())

@@ -1,39 +1,26 @@
-"""The model, its numeric precision, its loss and its task, all from timm's factories."""
+"""The model, its inputs and its numeric precision, from timm's factories."""
 
 import argparse
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm import loss as losses
 from timm import task as tasks
 from timm import utils
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import safe_model_name
-from torch import nn
+from timm.models import get_model_input_config, safe_model_name
+from torch import Tensor, nn
 
 from timm_rdp.errors import UsageError, nearest, one_line, refused_with
 from timm_rdp.training.checkpoint import check_pretrained, load_initial_weights
-from timm_rdp.training.inputs import img_size_kwargs
 
 _logger = logging.getLogger(__name__)
-
-# What a model constructor that does not know a keyword calls it, and the flag that it came from.
-_FLAGS = {
-    "drop_rate": "--drop",
-    "drop_block_rate": "--drop-block",
-    "global_pool": "--gp",
-    "bn_momentum": "--bn-momentum",
-    "bn_eps": "--bn-eps",
-    "in_chans": "--in-chans",
-    "img_size": "--img-size",
-}
 
 
 def setup_precision(
@@ -51,11 +38,7 @@ def setup_precision(
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Create a model with timm.
-
-    Args:
-        name: of the model.
-        kwargs: as those of `timm.create_model`.
+    """Create a model with `timm.create_model`.
 
     Raises:
         UsageError: timm cannot create it; what does not fit, and the way out.
@@ -63,28 +46,34 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except Exception as error:  # whatever a constructor raises for arguments that it cannot take
-        raise UsageError(_explain(name, one_line(error))) from error
+        text = one_line(error)
+        why = f"--model {name} cannot be created: {text}"
+        if text.startswith("Unknown model"):
+            why = no_such_model(name)
+        elif keyword := re.search(r"unexpected keyword argument '(\w+)'", text):
+            given = _FLAGS.get(keyword[1], f"--model-kwargs {keyword[1]}=...")
+            why = f"--model {name} takes no {keyword[1]}: leave {given} out"
+            if keyword[1] == "drop_path_rate":
+                why = (
+                    f"--model {name} takes no drop_path_rate and so has no paths: choose a model "
+                    "with stochastic depth, such as vit_small_patch16_224 or resnet50 (to train "
+                    "this one all the same, leave --drop-path out)"
+                )
+        raise UsageError(why) from error
+
+
+# The flags that a model constructor may not know.
+_FLAGS = {
+    **dict(drop_path_rate="--drop-path", drop_rate="--drop", drop_block_rate="--drop-block"),
+    **dict(global_pool="--gp", bn_momentum="--bn-momentum", bn_eps="--bn-eps"),
+    **dict(in_chans="--in-chans", img_size="--img-size"),
+}
 
 
 def no_such_model(name: str) -> str:
     """Say that timm has no model of this name, and which ones it may have been meant for."""
     close = nearest(name.partition(".")[0], timm.list_models()) or "; timm.list_models() lists them"
     return f"--model {name}: timm has no such model{close}"
-
-
-def _explain(name: str, text: str) -> str:
-    keyword = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if keyword is None:
-        known = not text.startswith("Unknown model")
-        return f"--model {name} cannot be created: {text}" if known else no_such_model(name)
-    unknown = keyword.group(1)
-    if unknown == "drop_path_rate":
-        return (
-            f"--model {name} takes no drop_path_rate and so has no paths: leave --drop-path out or "
-            "choose a model with stochastic depth, such as vit_small_patch16_224 or resnet50"
-        )
-    flag = _FLAGS.get(unknown, f"--model-kwargs {unknown}=...")
-    return f"--model {name} takes no {unknown}: leave {flag} out or choose another --model"
 
 
 def build_model(
@@ -132,13 +121,14 @@ def build_model(
 
 
 def _create(args: argparse.Namespace) -> nn.Module:
-    in_chans = args.in_chans
-    if in_chans is None:
-        in_chans = args.input_size[0] if args.input_size is not None else 3
-    kwargs = {**args.model_kwargs, **img_size_kwargs(args)}
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    overlay = {**args.pretrained_cfg_overlay}
     if args.pretrained_path:
         # num_classes=-1 has timm fit the classifier to ours instead of loading the file's
-        kwargs["pretrained_cfg_overlay"] = dict(file=args.pretrained_path, num_classes=-1)
+        overlay = dict(file=args.pretrained_path, num_classes=-1) | overlay
+    kwargs = {**args.model_kwargs, **img_size_kwargs(args)}
+    if overlay:
+        kwargs["pretrained_cfg_overlay"] = overlay
     try:
         with refused_with(f"--model {args.model} --model-kwargs"):  # a keyword given twice
             return create_model(
@@ -176,64 +166,77 @@ def _init_head(model: Any, args: argparse.Namespace) -> None:
             nn.init.constant_(head.bias, bias)
 
 
-def build_loss(args: argparse.Namespace, device: torch.device, mixup_active: bool) -> nn.Module:
-    """The training loss; validation takes that of the task's evaluator."""
-    bce = partial(
-        losses.BinaryCrossEntropy,
-        target_threshold=args.bce_target_thresh,
-        sum_classes=args.bce_sum,
-        pos_weight=args.bce_pos_weight,
-    )
-    if args.jsd_loss:
-        train_loss = losses.JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    elif mixup_active:  # mixup smooths the targets itself
-        train_loss = bce() if args.bce_loss else losses.SoftTargetCrossEntropy()
-    elif args.smoothing:
-        smoothed = bce if args.bce_loss else losses.LabelSmoothingCrossEntropy
-        train_loss = smoothed(smoothing=args.smoothing)
-    else:
-        train_loss = nn.CrossEntropyLoss()
-    return train_loss.to(device=device)
+def img_size_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what to tell `timm.create_model` so that the model takes images of the asked size.
 
+    timm's script sizes only the images, so that a model of fixed input size (ViT, Swin, ...) fails
+    at its first batch. Whether a model is of fixed size is asked of the model itself, on torch's
+    meta device.
 
-def build_task(
-    args: argparse.Namespace,
-    model: nn.Module,
-    train_loss: nn.Module,
-    device: torch.device,
-    model_dtype: torch.dtype | None,
-) -> tasks.TrainingTask:
-    """timm's task: the model with its loss, and with a teacher where one was asked for.
+    Args:
+        args: the options; img_size, input_size, model and model_kwargs count.
 
-    Raises:
-        UsageError: the teacher cannot be created, or does not fit the student.
+    Returns:
+        {"img_size": (height, width)}, or {} where the model needs no telling.
     """
-    common: dict[str, Any] = dict(
-        criterion=train_loss, device=device, dtype=model_dtype, verbose=utils.is_primary(args)
-    )
-    if args.kd_model_name is None:
-        return tasks.ClassificationTask(model=model, **common)
-    common |= dict(
-        student_model=model,
-        teacher_model=args.kd_model_name,
-        distill_loss_weight=args.distill_loss_weight,
-        task_loss_weight=args.task_loss_weight,
-    )
-    kind = args.kd_distill_type
-    with refused_with(f"--kd-model-name {args.kd_model_name} ({kind} distillation)"):
-        if kind == "logit":
-            return tasks.LogitDistillationTask(
-                loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common
-            )
-        if kind == "feature":
-            return tasks.FeatureDistillationTask(
-                student_feature_dim=args.kd_student_feature_dim,
-                teacher_feature_dim=args.kd_teacher_feature_dim,
-                **common,
-            )
-        return tasks.TokenDistillationTask(
-            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
-        )
+    told = {"img_size", "dynamic_img_size", "strict_img_size"} & set(args.model_kwargs)
+    if told or not (args.input_size or args.img_size):
+        return {}
+    size = tuple(args.input_size[1:]) if args.input_size else (args.img_size, args.img_size)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            own = get_model_input_config(timm.create_model(args.model, **args.model_kwargs))
+    except Exception:  # creating the model for good will say what is wrong with it
+        return {}
+    if not own["fixed_input_size"] or size == tuple(own["input_size"][1:]):
+        return {}
+    return {"img_size": size}
+
+
+def example_input(
+    args: argparse.Namespace,
+    input_size: Sequence[int],
+    model: nn.Module,
+    side: int | None = None,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | dict[str, Tensor]:
+    """Zeros that the model takes: images (B, C, H, W), or NaFlex's dict of patches.
+
+    Args:
+        input_size: C, H, W of the images.
+        side: another size of the images or, with --naflex-patch-sizes, of the patches.
+    """
+    batch = 2 * max(2, args.aug_splits)  # split BatchNorm takes only multiples of its splits
+    if not args.naflex_loader:
+        height, width = (side, side) if side else input_size[1:]
+        return torch.zeros((batch, input_size[0], height, width), dtype=dtype, device=device)
+
+    channels = input_size[0]
+    device = "cpu" if device == "meta" else device  # positions have to have values
+    height, width = patch_size(model)
+    shape: tuple[int, ...] = (height * width * channels,)
+    if args.naflex_patch_sizes:  # patches of varying size are not flattened
+        edges = [side or args.naflex_patch_sizes[0]] * 2
+        first = args.naflex_patchify_channels_first
+        shape = (channels, *edges) if first else (*edges, channels)
+    length = args.naflex_train_seq_lens[0]
+    edge = max(1, int(length**0.5))
+    coord = torch.zeros(batch, length, 2, dtype=torch.int64, device=device)
+    coord[:, : edge**2] = torch.cartesian_prod(*[torch.arange(edge)] * 2)
+    valid = (torch.arange(length, device=device) < edge**2).repeat(batch, 1)
+    patches = torch.zeros(batch, length, *shape, dtype=dtype, device=device)
+    return {"patches": patches, "patch_coord": coord, "patch_valid": valid}
+
+
+def patch_size(model: Any) -> tuple[int, int]:
+    """Height and width of a model's patches; 16 x 16 as in timm's script where it has none."""
+    return model.get_patch_size() if hasattr(model, "get_patch_size") else (16, 16)
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Whether the options ask for mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def trained_module(task: tasks.TrainingTask, ema: bool = False) -> nn.Module:

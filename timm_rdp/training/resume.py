@@ -1,137 +1,117 @@
-"""What a checkpoint needs to continue at the very next batch, and how it is restored.
-
-The order of an epoch is drawn when its first batch is asked for, and a batch's augmentation when it
-is loaded, which may be one batch before it is used (timm's prefetcher). So the loader's batch
-sampler notes the random state at both moments; a resumed epoch draws the same order, passes over
-the batches that were used without loading them, and loads the others from the same states.
-"""
+"""How a signal stops a run, what a checkpoint needs to go on exactly there, and its restoring."""
 
 import argparse
 import logging
+import os
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data.loader import MultiEpochsDataLoader
 from torch.utils.data import DataLoader
 
-from timm_rdp.training.batches import DataStream, random_state, set_random_state, update_sizes
+from timm_rdp.training.batches import (
+    DataStream,
+    Replay,
+    ResumableSampler,
+    random_state,
+    set_random_state,
+    update_sizes,
+)
 from timm_rdp.training.log import Losses
 from timm_rdp.training.state import RunState
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Replay:
-    """How the next pass over a batch sampler goes on with one that another process began."""
-
-    skip: int = 0  # batches
-    order: dict | None = None  # random state from which the order is drawn
-    states: deque = field(default_factory=deque)  # set before each of the next batches is loaded
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A launcher passes on what its scheduler has already sent to every process.
+_SAME_SIGNAL_S = 1.0
+_WORKER_GRACE_S = 20
 
 
-class ResumableSampler:
-    """A batch sampler whose passes can be noted and continued; all else is the original's.
+class Stopped(Exception):
+    """The run was asked to stop, and its state can be saved where this is raised."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Notes the signals that ask a run to stop; a second one ends the process at once.
 
     Args:
-        sampler: the original: yields lists of indices.
-        in_process: whether this process loads the batches (no workers): only then the random states
-            before each of them are known.
-        is_continued: whether a pass over it may be continued where it was left.
+        distributed: whether there are other ranks to agree with.
     """
 
-    def __init__(self, sampler: Any, in_process: bool, is_continued: bool = True):
-        self._sampler = sampler
-        self.in_process = in_process
-        self.is_continued = is_continued
-        self.replay: Replay | None = None
-        self.workers_are_seeded = False
-        self.before: dict | None = None
-        self.current: _Pass | None = None
+    def __init__(self, distributed: bool = False):
+        self._signum = 0
+        self._time = 0.0
+        self._pid = os.getpid()
+        # On gloo whatever the backend is, so that nobody waits for an accelerator.
+        self._group: Any = dist.new_group(backend="gloo") if distributed else None
+        self._work: Any = None
+        self._largest = torch.zeros((), dtype=torch.int64)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        # torch draws the seed of a loader's workers when it starts them: once, where they persist.
-        # A resumed run starts them a second time, so what that draws is taken back. torch asks for
-        # two iterators then, the first one before it draws.
-        if self.workers_are_seeded:
-            self.workers_are_seeded, self.before = False, random_state()
-        self.current = _Pass(self)
-        return self.current
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_sampler":  # not there yet while it is unpickled
-            raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-
-class _Pass:
-    """One epoch's iterator over a ResumableSampler."""
-
-    def __init__(self, sampler: ResumableSampler):
-        self._sampler = sampler
-        self._batches = iter(sampler._sampler)
-        self._replayed: deque = deque()
-        self.order: dict | None = None
-        self.yielded = 0
-        self.states: deque = deque(maxlen=8)  # before each of the newest batches was loaded
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self
-
-    def __next__(self) -> list[int]:
-        if self.order is None:
-            self._begin()
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Within this context signals are noted instead of ending the process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
-            indices = next(self._batches)
-        except StopIteration:
-            if self._replayed:
-                set_random_state(self._replayed.pop())
-            raise
-        if self._replayed:
-            set_random_state(self._replayed.popleft())
-        if self._sampler.in_process and self._sampler.is_continued:
-            self.states.append(random_state())
-        self.yielded += 1
-        return indices
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _begin(self) -> None:
-        sampler, replay = self._sampler, self._sampler.replay or Replay()
-        start = replay.order or sampler.before
-        sampler.replay = sampler.before = None
-        if start is not None:
-            set_random_state(start)
-        self.order = random_state()
-        for _ in islice(self._batches, replay.skip):
-            pass
-        self.yielded, self._replayed = replay.skip, replay.states
+    def _note(self, signum: int, _: Any) -> None:
+        if os.getpid() != self._pid:
+            # A loader's worker process: it is needed to the end of the cycle.
+            if signum != signal.SIGINT:
+                signal.alarm(_WORKER_GRACE_S)
+            return
+        now = time.monotonic()
+        if not self._signum:
+            self._signum, self._time = signum, now
+            text = "ending after the cycle in progress; once more ends at once"
+            # Not by logging: whatever this interrupts may hold the stream.
+            os.write(2, f"\n{signal.Signals(signum).name}: {text}\n".encode())
+        elif now - self._time > _SAME_SIGNAL_S:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(self._pid, signum)
 
+    def on_any_rank(self) -> int:
+        """The signal that all ranks stop for now, else 0; all ranks must call it equally often.
 
-def make_resumable(loader: Any, is_continued: bool = True) -> ResumableSampler | None:
-    """Put a ResumableSampler into a loader of timm's; None where there is no batch sampler.
+        With several ranks it answers what was known at the last call, so that the answer has had
+        the time in between to go around.
+        """
+        if self._group is None:
+            return self._signum
+        known = 0
+        if self._work is not None:
+            self._work.wait()
+            known = int(self._largest)
+        self._largest = torch.tensor(self._signum)
+        self._work = dist.all_reduce(
+            self._largest, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return known
 
-    Args:
-        loader: a DataLoader, or timm's prefetcher around one.
-        is_continued: whether a pass over it may be continued where it was left; one that always
-            begins anew need not note where it is.
-    """
-    inner = getattr(loader, "loader", loader)
-    if not isinstance(inner, DataLoader) or inner.batch_sampler is None:
-        return None  # an iterable data set: it alone knows its order
-    if isinstance(inner.batch_sampler, ResumableSampler):
-        return inner.batch_sampler
-    if isinstance(inner, MultiEpochsDataLoader):
-        return None  # one pass without an end, of which it always takes a full epoch
-    sampler = ResumableSampler(inner.batch_sampler, inner.num_workers == 0, is_continued)
-    # DataLoader refuses to have it replaced, though nothing but iter() has looked at it so far.
-    vars(inner)["batch_sampler"] = sampler
-    return sampler
+    def close(self) -> None:
+        """Wait for what is under way; before the process group is destroyed."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
 
 def state_of_rank(
@@ -143,12 +123,8 @@ def state_of_rank(
 ) -> dict[str, Any]:
     """What this process must know to go on; gathered from all of them by `state_of_run`.
 
-    Args:
-        state: where the run stands.
-        device: of the model.
-        sampler: of the training loader.
-        stream: of `--data-seed`.
-        losses: of the epoch in progress; None after its end.
+    The sampler is that of the training loader, the losses those of the epoch in progress, None
+    after its end.
     """
     kept: dict[str, Any] = {"random": random_state(device)}
     if stream is not None:
@@ -166,7 +142,7 @@ def state_of_rank(
 def state_of_run(
     args: argparse.Namespace,
     state: RunState,
-    mine: dict[str, Any],
+    own_state: dict[str, Any],
     updates: int | None,
     lr_scheduler: Any,
     optimizer: torch.optim.Optimizer,
@@ -174,13 +150,13 @@ def state_of_run(
     """The entry `run` of a checkpoint; every rank must call it.
 
     Args:
-        mine: this process's, from `state_of_rank`.
+        own_state: this process's, from `state_of_rank`.
         updates: how many updates of the epoch are done, None after its end.
     """
-    ranks: list[Any] = [mine]
+    ranks: list[Any] = [own_state]
     if args.distributed:
         ranks = [None] * args.world_size
-        torch.distributed.all_gather_object(ranks, mine)
+        dist.all_gather_object(ranks, own_state)
     entry = {
         "updates": updates,
         "batches": state.batches_done,
@@ -196,6 +172,14 @@ def state_of_run(
         entry["restore_lr"] = lr_scheduler.restore_lr
         entry["lr"] = [group["lr"] for group in optimizer.param_groups]
     return entry
+
+
+def is_exact(args: argparse.Namespace, checkpoint: dict[str, Any]) -> bool:
+    """Whether a run goes on exactly where the checkpoint was written.
+
+    Without its optimizer state, or at an epoch of the user's choice, it is another run.
+    """
+    return bool(checkpoint.get("run")) and not args.no_resume_opt and args.start_epoch is None
 
 
 def restore_schedule(
@@ -223,14 +207,6 @@ def restore_schedule(
             lr_scheduler.step(state.epoch)
 
 
-def is_exact(args: argparse.Namespace, checkpoint: dict[str, Any]) -> bool:
-    """Whether a run goes on exactly where the checkpoint was written.
-
-    Without its optimizer state, or at an epoch of the user's choice, it is another run.
-    """
-    return bool(checkpoint.get("run")) and not args.no_resume_opt and args.start_epoch is None
-
-
 def restore_position(
     args: argparse.Namespace,
     state: RunState,
@@ -240,16 +216,12 @@ def restore_position(
     samplers: tuple[ResumableSampler | None, ResumableSampler | None],
     stream: DataStream | None,
 ) -> list[dict]:
-    """Set random states, sampler and position so that the run goes on where it was saved.
+    """Set position, random states and samplers so that the run goes on where it was saved.
 
     Args:
-        args: the options.
-        state: gets the position.
         checkpoint: one for which `is_exact` holds.
-        device: of the model.
         loader: of the training data.
         samplers: of the training and of the validation loader.
-        stream: of `--data-seed`.
 
     Returns:
         the averages of the losses so far of the epoch in progress, of this rank or of all that
@@ -257,13 +229,13 @@ def restore_position(
     """
     entry = checkpoint["run"]
     same_world = entry["world_size"] == args.world_size
-    mine = entry["ranks"][args.rank] if same_world else {}
+    own = entry["ranks"][args.rank] if same_world else {}
     sampler = samplers[0]
     losses: list[dict] = []
 
     # A loader that keeps its iterator has drawn the seed of its workers in the first epoch.
     for other in samplers:
-        if other is not None and not other.in_process:
+        if other is not None and not other.in_process and args.persistent_workers:
             other.workers_are_seeded = True
     inner = getattr(loader, "loader", loader)
     if isinstance(inner, MultiEpochsDataLoader) and inner.num_workers == 0:
@@ -274,16 +246,16 @@ def restore_position(
         same_batches = same_world and entry["batch_size"] == args.batch_size
         if not same_batches or entry["grad_accum_steps"] != args.grad_accum_steps:
             _convert_position(args, state, entry, len(loader))
-        losses = [mine["losses"]] if same_world else [r["losses"] for r in entry["ranks"]]
+        losses = [own["losses"]] if same_world else [r["losses"] for r in entry["ranks"]]
         sampler.replay = Replay(state.batches_done)
         if same_batches:
-            sampler.replay.order = mine["order"]
-            ahead = mine["ahead"] if sampler.in_process else []
-            sampler.replay.states = deque([*ahead, mine.get("data_random", mine["random"])])
+            sampler.replay.order = own["order"]
+            ahead = own["ahead"] if sampler.in_process else []
+            sampler.replay.states = deque([*ahead, own.get("data_random", own["random"])])
     if same_world:
-        set_random_state(mine["random"], device)
-        if stream is not None and "data_random" in mine:
-            stream.state = mine["data_random"]
+        set_random_state(own["random"], device)
+        if stream is not None and "data_random" in own:
+            stream.state = own["data_random"]
     else:
         _logger.warning(
             f"{args.resume} was written by {entry['world_size']} processes, this run has "

@@ -1,9 +1,12 @@
-"""Writing checkpoints: timm's saver and format, so that no interruption loses what was there."""
+"""Writing so that no interruption loses what was there: checkpoints, other files, curves.png."""
 
 import contextlib
 import io
+import logging
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,8 @@ from timm import utils
 from timm.task import TrainingTask
 
 from timm_rdp.errors import TrainingError
+
+_logger = logging.getLogger("timm_rdp.training")
 
 _BUFFER_BYTES = 1 << 20
 
@@ -45,16 +50,10 @@ class Saver(utils.CheckpointSaver):
             return of_task if ema else {**of_task, **run_state()}
 
         super().__init__(task=SimpleNamespace(get_checkpoint_state=state), **kwargs)
-        self._last_is_written = False
-
-    def finish(self, epoch: int, metric: float | None) -> None:
-        """Do what `save_checkpoint` does once it has written `last`, which is there already."""
-        self._last_is_written = True
-        self.save_checkpoint(epoch, metric)
-        self._last_is_written = False
+        self.last_is_written = False  # and `save_checkpoint` does only what follows that
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        if self._last_is_written:
+        if self.last_is_written:
             return
         # The paths that arrive here are temporary; timm's _replace gives them their name.
         file = None
@@ -75,19 +74,19 @@ class Saver(utils.CheckpointSaver):
             ) from error
 
     def _replace(self, src: str, dst: str) -> None:
-        if self._last_is_written:
+        if self.last_is_written:
             return
         os.replace(src, dst)  # timm unlinks first: a moment without any checkpoint
 
     def _duplicate(self, src: str, dst: str) -> None:
         temporary = f"{dst}.tmp"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         try:
             os.link(src, temporary)
         except OSError:
             shutil.copy2(src, temporary)
         os.replace(temporary, dst)
+        Path(temporary).unlink(missing_ok=True)  # still there where dst was the same file already
 
 
 def restore_history(saver: Saver, checkpoint: dict, path: str) -> None:
@@ -96,21 +95,111 @@ def restore_history(saver: Saver, checkpoint: dict, path: str) -> None:
     folder, name = os.path.split(os.path.realpath(path))
     if not state or folder != os.path.realpath(saver.checkpoint_dir):
         return
-    pending = state.get("pending", (None, None))
-    if name == "last.pth.tar" and pending[0] is not None:
+    epoch, metric = state.get("pending", (None, None))
+    if metric is None or name == "last.pth.tar":  # a recovery is not ranked
+        state = {**state, "pending": (None, None)}
+    saver.load_state_dict(state)
+    if metric is not None and name == "last.pth.tar":
         # What followed the writing of `last` may have been cut short: it is done again.
-        known = [entry for entry in state["checkpoint_files"] if f"-{pending[0]}." not in entry[0]]
-        saver.load_state_dict({**state, "checkpoint_files": known, "pending": (None, None)})
-        saver.finish(*pending)
-    elif pending[1] is None:
-        saver.load_state_dict({**state, "pending": (None, None)})  # a recovery is not ranked
-    else:
-        saver.load_state_dict(state)
+        saver.last_is_written = True
+        saver.save_checkpoint(epoch, metric)
+        saver.last_is_written = False
     recoveries = Path(folder).glob("recovery-*.pth.tar")
-    *old, saver.prev_recovery_file, saver.curr_recovery_file = [
-        "",
-        "",
-        *map(str, sorted(recoveries, key=lambda p: p.stat().st_mtime_ns)),
-    ]
+    files = sorted(recoveries, key=lambda p: p.stat().st_mtime_ns)
+    *old, saver.prev_recovery_file, saver.curr_recovery_file = ["", "", *map(str, files)]
     for file in filter(None, old):
         os.unlink(file)
+
+
+def write_atomically(path: str, content: bytes) -> None:
+    """Write a file so that it is either the old or the new one at any time.
+
+    Raises:
+        TrainingError: it cannot be written; the old one is intact.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror}; make room there"
+        ) from error
+
+
+class Curves:
+    """The run's curves.png, drawn at the end of an epoch while that is cheap."""
+
+    def __init__(self, folder: str, title: str = ""):
+        self._folder, self._title = folder, title
+        self._drawn, self._took = -math.inf, 0.0
+        self._missing = False
+
+    def update(self, rows: list[dict], last: bool) -> None:
+        """Draw the rows of summary.csv where the last drawing took less than 1 % of the time since.
+
+        The `last` ones are always drawn.
+        """
+        start = time.monotonic()
+        if self._missing or not (last or self._took < 0.01 * (start - self._drawn)):
+            return
+        try:
+            draw_curves(self._folder, rows, self._title)
+        except ImportError:
+            self._missing = True
+            _logger.info("No curves.png: matplotlib is not installed (pip install matplotlib).")
+        self._drawn = time.monotonic()
+        self._took = self._drawn - start
+
+
+def draw_curves(folder: str, rows: list[dict], title: str = "") -> None:
+    """Draw losses and accuracy over the epochs into curves.png; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells about its font cache
+
+    # With --rdp-start-epoch the first epochs are timm's own.
+    plain = [
+        r | {"plain": r["train_loss"]} if not r.get("train_loss_droppath") else r for r in rows
+    ]
+    with_rdp = any("plain" not in row for row in plain)
+    # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in grey.
+    losses = {
+        "plain": ("plain iterations", "#56B4E9", "v", ":"),
+        "train_loss_droppath": ("droppath iterations", "#0072B2", "o", "-"),
+        "train_loss_complement": ("complement iterations", "#D55E00", "s", "-"),
+        "eval_loss": ("validation", "#000000", "^", "--"),
+    }
+    if not with_rdp:
+        losses["plain"] = ("training", "#0072B2", "o", "-")
+    scores = {
+        "eval_top1": ("top-1", "#009E73", "o", "-"),
+        "eval_top5": ("top-5", "#CC79A7", "s", "--"),
+        "eval_map": ("mAP", "#009E73", "o", "-"),
+        "eval_micro_f1": ("micro F1", "#CC79A7", "s", "--"),
+    }
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize="medium")
+    labels = ("loss", "validation score (%)")
+    for axes, lines, label in zip(figure.subplots(1, 2), (losses, scores), labels, strict=True):
+        for column, (name, colour, marker, style) in lines.items():
+            points = [(r["epoch"], r[column]) for r in plain if r.get(column) is not None]
+            if points:
+                look = dict(color=colour, linestyle=style, marker=marker, markersize=4)
+                every = max(1, len(points) // 25)
+                axes.plot(*zip(*points, strict=True), markevery=every, label=name, **look)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_atomically(os.path.join(folder, "curves.png"), image.getvalue())

@@ -4,38 +4,34 @@ import argparse
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from timm import task as tasks
 from timm import utils
 from timm.layers import set_fast_norm
+from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import TrainingTask
+from torch import nn
 
 from timm_rdp import ResidualDropPath, from_args
-from timm_rdp.errors import refused_with
-from timm_rdp.training.batches import DataStream
-from timm_rdp.training.checkpoint import (
-    check_checkpoints,
-    check_same_choice,
-    find_newest,
-    load_ema,
-    resume,
-)
-from timm_rdp.training.checks import check_limits, check_tta
-from timm_rdp.training.data import Data, check_data, create_data
-from timm_rdp.training.inputs import example_input
-from timm_rdp.training.interrupt import StopSignals
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.training.batches import DataStream, ResumableSampler, make_resumable
+from timm_rdp.training.checkpoint import check_weights_files, find_newest, load_ema, resume
+from timm_rdp.training.data import Data, create_data
+from timm_rdp.training.dataset import check_data
+from timm_rdp.training.loop import try_batch
 from timm_rdp.training.model import (
-    build_loss,
     build_model,
-    build_task,
     evaluated_module,
+    example_input,
+    mixup_active,
     setup_precision,
     trained_module,
 )
-from timm_rdp.training.resume import ResumableSampler, make_resumable
+from timm_rdp.training.resume import StopSignals
 
 _logger = logging.getLogger("timm_rdp.training")
 
@@ -47,25 +43,20 @@ class Parts(NamedTuple):
     dtype: torch.dtype | None
     autocast: Callable
     loss_scaler: Any
-    task: TrainingTask
+    task: tasks.TrainingTask
     data: Data
     data_config: dict[str, Any]
-    accumulate: int  # batches per update
+    updates_per_epoch: int  # optimizer steps on one batch or group of batches each
     eval_metric: str  # what the best checkpoint is best in
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
-    num_epochs: int
+    last_epoch: int  # that is trained, counted from 1
     rdp: ResidualDropPath | None
     stop: StopSignals
     stream: DataStream | None  # of --data-seed
     samplers: tuple[ResumableSampler | None, ResumableSampler | None]  # training, validation
     checkpoint: dict[str, Any]  # that the run continues; {} for a new one
     resume_epoch: int | None
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Optimizer steps on one batch or group of batches each."""
-        return -(-len(self.data.train) // self.accumulate)
 
 
 def set_up(args: argparse.Namespace) -> Parts:
@@ -74,24 +65,23 @@ def set_up(args: argparse.Namespace) -> Parts:
     Raises:
         UsageError: model, data or checkpoint do not fit the options; nothing was written.
     """
-    check_limits(args)
     check_data(args)
-    automatic = args.resume == "auto"
-    find_newest(args)
-    check_checkpoints(args)
+    with refused_with(f"--loss {args.loss}" if args.loss else "the loss"):
+        loss = create_loss(args)
+    check_weights_files(args)
     device = _set_up_device(args)
-    if automatic:
-        check_same_choice(args)
+    find_newest(args)
 
     # The order of what draws random numbers from here on is timm's: model, data, task, epochs.
     utils.random_seed(args.seed, args.rank)
     dtype, autocast, loss_scaler = setup_precision(args, device)
     model, data_config = build_model(args, device, dtype)
     data = create_data(args, data_config, model, device, dtype)
-    check_tta(args, data)
+    _check_tta(args, data)
     _set_learning_rate(args, data.batch_size_reference)
-    train_loss = build_loss(args, device, data.mixup_active)
-    task = build_task(args, model, train_loss, device, dtype)
+    task = build_task(args, model, loss, device, dtype)
+    if not args.resume:
+        try_batch(args, task, data, data_config["input_size"], device, dtype, autocast)
     rdp = _patch_model(args, task, data_config)
     optimizer = _create_optimizer(args, task)
 
@@ -108,16 +98,21 @@ def set_up(args: argparse.Namespace) -> Parts:
 
     stream = None if args.data_seed is None else DataStream(args.data_seed, args.rank, device)
     samplers = (make_resumable(data.train), make_resumable(data.eval, is_continued=False))
-    eval_metric = args.eval_metric if data.eval is not None else "loss"
+    eval_metric = _eval_metric(args, task) if data.eval is not None else "loss"
+    updates_per_epoch = -(-len(data.train) // args.grad_accum_steps)
     schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=eval_metric == "loss")
-    lr_scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **schedule,
-        updates_per_epoch=-(-len(data.train) // args.grad_accum_steps),
-    )
+    with refused_with(f"--sched {args.sched}"):
+        lr_scheduler, num_epochs = create_scheduler_v2(
+            optimizer, **schedule, updates_per_epoch=updates_per_epoch
+        )
+    last_epoch = num_epochs if args.stop_epoch is None else args.stop_epoch
+    if not 1 <= last_epoch <= num_epochs and args.stop_epoch is not None:
+        raise UsageError(
+            f"--stop-epoch {last_epoch} must be between 1 and {num_epochs}, the schedule's epochs"
+        )
     return Parts(
-        device, dtype, autocast, loss_scaler, task, data, data_config, args.grad_accum_steps,
-        eval_metric, optimizer, lr_scheduler, num_epochs, rdp, StopSignals(args.distributed),
+        device, dtype, autocast, loss_scaler, task, data, data_config, updates_per_epoch,
+        eval_metric, optimizer, lr_scheduler, last_epoch, rdp, StopSignals(args.distributed),
         stream, samplers, checkpoint, resume_epoch,
     )  # fmt: skip
 
@@ -141,6 +136,19 @@ def _set_up_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def _check_tta(args: argparse.Namespace, data: Data) -> None:
+    """Refuse validation batches that `--tta` cannot average over."""
+    if args.tta < 2 or data.eval is None:
+        return
+    batch = args.validation_batch_size or args.batch_size
+    images = len(data.eval.dataset)
+    if batch % args.tta or images % args.tta:
+        raise UsageError(
+            f"--tta {args.tta} averages that many validation samples in a row: the validation "
+            f"batch size ({batch}) and the number of samples ({images}) must be multiples of it"
+        )
+
+
 def _set_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
     """Scale `--lr-base` to the batch where `--lr` was not given."""
     if args.lr:
@@ -160,12 +168,105 @@ def _set_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
         )
 
 
+def create_loss(args: argparse.Namespace) -> nn.Module:
+    """The training loss by timm's factory; validation takes that of the task's evaluator.
+
+    Raises:
+        ValueError, OSError: timm's, for options that do not fit each other and for missing files.
+    """
+    stats = load_class_stats(args.class_stats)
+    weigh = partial(
+        resolve_class_weights,
+        class_stats=stats,
+        power=args.loss_weight_power,
+        beta=args.loss_weight_beta,
+        max_weight=args.loss_weight_max,
+    )
+    own = {k: v for k, v in vars(args).items() if k.startswith((f"{args.loss}_", "bce_t", "bce_s"))}
+    if args.loss == "jsd":
+        own = dict(jsd_splits=args.aug_splits)
+    elif args.loss == "db" and stats is not None:
+        own |= dict(class_counts=stats[0], num_samples=stats[1])
+    for former in ("bce_loss", "jsd_loss", "bce_pos_weight"):
+        own.pop(former, None)
+    return create_classification_loss(
+        args.loss,
+        multi_label=args.task == "multilabel",
+        smoothing=args.smoothing,
+        soft_targets=mixup_active(args),  # which mixup smooths itself
+        class_weight=weigh(args.loss_class_weight, "class_weight"),
+        pos_weight=weigh(args.loss_pos_weight, "pos_weight"),
+        **own,
+    )
+
+
+def build_task(
+    args: argparse.Namespace,
+    model: nn.Module,
+    loss: nn.Module,
+    device: torch.device,
+    model_dtype: torch.dtype | None,
+) -> tasks.TrainingTask:
+    """timm's task: the model with its loss, and with a teacher where one was asked for.
+
+    Raises:
+        UsageError: the loss' weights or the teacher do not fit the model, or it cannot be created.
+    """
+    for name, values in loss.named_buffers():
+        if values.numel() not in (1, args.num_classes):
+            raise UsageError(
+                f"--loss {args.loss}: its {name} has {values.numel()} entries but the model has "
+                f"{args.num_classes} classes"
+            )
+    common: dict[str, Any] = dict(
+        criterion=loss, device=device, dtype=model_dtype, verbose=utils.is_primary(args)
+    )
+    if args.task == "multilabel":
+        with refused_with(f"--multilabel-threshold {args.multilabel_threshold}"):
+            return tasks.MultiLabelClassificationTask(
+                model, threshold=args.multilabel_threshold, **common
+            )
+    if args.kd_model_name is None:
+        return tasks.ClassificationTask(model, **common)
+    common |= dict(
+        student_model=model,
+        teacher_model=args.kd_model_name,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    kind = args.kd_distill_type
+    with refused_with(f"--kd-model-name {args.kd_model_name} ({kind} distillation)"):
+        if kind == "logit":
+            return tasks.LogitDistillationTask(
+                loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common
+            )
+        if kind == "feature":
+            return tasks.FeatureDistillationTask(
+                student_feature_dim=args.kd_student_feature_dim,
+                teacher_feature_dim=args.kd_teacher_feature_dim,
+                **common,
+            )
+        return tasks.TokenDistillationTask(
+            distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
+        )
+
+
+def _eval_metric(args: argparse.Namespace, task: tasks.TrainingTask) -> str:
+    evaluator = task.create_evaluator()
+    if args.eval_metric not in (None, *evaluator.metric_names):
+        raise UsageError(
+            f"--eval-metric {args.eval_metric} is not measured with --task {args.task}; choose "
+            f"from {', '.join(evaluator.metric_names)}"
+        )
+    return args.eval_metric or evaluator.default_metric
+
+
 def _patch_model(
-    args: argparse.Namespace, task: TrainingTask, data_config: dict[str, Any]
+    args: argparse.Namespace, task: tasks.TrainingTask, data_config: dict[str, Any]
 ) -> ResidualDropPath | None:
     if not (args.rdp or args.skip_dropped):
         return None
-    example = example_input(args, data_config, evaluated_module(task))
+    example = example_input(args, data_config["input_size"], evaluated_module(task))
     with refused_with(f"{'--rdp' if args.rdp else '--skip-dropped'} --model {args.model}"):
         rdp = from_args(trained_module(task), args, example_input=example)
     if rdp is not None and utils.is_primary(args):
@@ -178,7 +279,7 @@ def _patch_model(
     return rdp
 
 
-def _create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
+def _create_optimizer(args: argparse.Namespace, task: tasks.TrainingTask) -> torch.optim.Optimizer:
     with refused_with(f"--opt {args.opt} cannot be created with these options"):
         optimizer = create_optimizer_v2(
             trained_module(task), **optimizer_kwargs(cfg=args), **args.opt_kwargs
@@ -193,7 +294,7 @@ def _create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.opt
 
 def _compile_and_distribute(
     args: argparse.Namespace,
-    task: TrainingTask,
+    task: tasks.TrainingTask,
     rdp: ResidualDropPath | None,
     device: torch.device,
 ) -> None:

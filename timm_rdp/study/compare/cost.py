@@ -10,27 +10,49 @@ import torch
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
-from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import refused_with
-from timm_rdp.study.compare.flops import FlopCounter
 from timm_rdp.training.data import close_data, create_data
-from timm_rdp.training.inputs import example_input
-from timm_rdp.training.model import build_model, setup_precision
+from timm_rdp.training.model import build_model, example_input, setup_precision
 
-# What `count_costs` counts of a model that has paths beside "update".
-COSTS_OF_PATHS = ("droppath", "complement", "complements")
 FLOP_CYCLES = 50
-UPDATE_CYCLES = 200
+
+
+def convolution_backward_flops(
+    grad_out_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_kwargs: Any
+) -> int:
+    """FLOPs of a convolution's backward: each of its two gradients takes as many as the forward.
+
+    Torch's own formula (2.15) counts the gradient of the weight `groups` times over, which makes a
+    depthwise model's backward look several times as large as it is.
+
+    Args:
+        grad_out_shape, x_shape: (B, C, ...).
+        w_shape: (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
+        rest: the operator's other arguments; the last says which of the gradients of input, weight
+            and bias are asked for, and that of the bias counts as nothing.
+    """
+    *_, transposed, _, _, output_mask = rest
+    forward = conv_flop_count(x_shape, w_shape, grad_out_shape, transposed=transposed)
+    return sum(output_mask[:2]) * forward
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of the FLOPs of what runs within it, also on the meta device.
+
+    Matrix products, attention and convolutions count, 2 for a multiplication and its addition;
+    elementwise operations, normalisation and pooling count as nothing.
+    """
+    backward = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    return FlopCounterMode(display=False, custom_mapping=backward)
 
 
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     """The model of a run without its weights, on torch's meta device.
-
-    NaFlex models stay on the CPU, because they read sizes off the values of their input.
 
     Returns:
         the model in train mode, timm's data config, the images of an epoch / --batch-size
@@ -38,10 +60,10 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     Raises:
         UsageError: model or data do not fit the options.
     """
-    weights = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
-    process = {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
-    more = {"torchscript": False, "prefetcher": not args.no_prefetcher}
-    args = argparse.Namespace(**{**vars(args), **weights, **process, **more})
+    own = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
+    own |= {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
+    own |= {"torchscript": False, "prefetcher": not args.no_prefetcher}
+    args = argparse.Namespace(**{**vars(args), **own})
     cpu = torch.device("cpu")
     model_dtype = setup_precision(args, cpu)[0]
     with torch.random.fork_rng(devices=[]):
@@ -49,25 +71,19 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
         data = create_data(args, data_config, model, cpu, model_dtype)
     batches = len(data.train) * data.batch_size_reference / args.batch_size
     close_data(data)
-    if not args.naflex_loader:
+    if not args.naflex_loader:  # these models read sizes off the values of their input
         model.to("meta")
     return model.train(), data_config, batches
 
 
 def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
-    """What the kinds of update of a model cost.
-
-    Whether a drop leaves something to train, and what it saves, is averaged over the first cycles
-    of seed 0. FLOPs are those of the model, not of a teacher, at its input size.
-
-    Args:
-        model: from `build_on_meta`; it is patched for good.
+    """What the kinds of update of a model from `build_on_meta` cost, which is patched for good.
 
     Returns:
-        "update", "droppath", "complement": FLOPs per image, forward and backward, of timm's own
-            update and of the mean iteration of each phase; None where they cannot be counted
-            without data
-        "complements": complement iterations per cycle
+        "update", "droppath", "complement": FLOPs per image at the model's input size, forward and
+            backward, of timm's own update and of the mean iteration of each phase (over the first
+            cycles of seed 0), without a teacher's; None where they cannot be counted without data
+        "complements": complement iterations per cycle, as expected over masks
 
     Raises:
         UsageError: no path can be dropped.
@@ -76,9 +92,11 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     rdp = None
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
-            rdp = ResidualDropPath(model, example_input=example_input(args, data_config, model))
-        trained = sum(bool(rdp.dropped_part(_dropped(rdp, c))) for c in range(UPDATE_CYCLES))
-        costs |= dict.fromkeys(COSTS_OF_PATHS) | {"complements": trained / UPDATE_CYCLES}
+            example = example_input(args, data_config["input_size"], model)
+            rdp = ResidualDropPath(model, example_input=example)
+        # The cycles in which something is dropped that can be trained.
+        complements = 1 - math.prod(1 - path.drop_prob for path in rdp.paths if path.parameters)
+        costs |= {"droppath": None, "complement": None, "complements": complements}
     if args.naflex_loader:
         return costs
     batch = args.batch_size * max(1, args.aug_splits)
@@ -86,56 +104,29 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     images = torch.empty((batch, *data_config["input_size"]), device="meta", dtype=dtype)
     try:
         update = _flops(model, images)
-        phases = () if rdp is None else _phases(rdp, images)
+        known: dict[tuple, int] = {}
+        counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
+        for _ in tqdm(range(FLOP_CYCLES if rdp else 0), "FLOPs", leave=False, disable=None):
+            for it in rdp.cycle() if rdp else ():
+                key = (it.phase, it.dropped)
+                with it:
+                    known[key] = known.get(key) or _flops(model, images)
+                counts[it.phase].append(known[key])
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
+    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if rdp}
     if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
-        phases = [update for _ in phases]
-    counted = zip(("update", *COSTS_OF_PATHS), (update, *phases), strict=False)
-    return costs | {name: flops / args.batch_size for name, flops in counted}
-
-
-def _dropped(rdp: ResidualDropPath, cycle: int) -> list[str]:
-    kept = sample_masks(0, cycle, [path.drop_prob for path in rdp.paths])
-    return [path.name for path, k in zip(rdp.paths, kept, strict=True) if not k]
+        phases = dict.fromkeys(phases, update)
+    counted = {"update": update, **phases}
+    return costs | {name: flops / args.batch_size for name, flops in counted.items()}
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
-    with FlopCounter() as counter:
+    with flop_counter() as counter:
         outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
         torch.autograd.backward([output.sum() for output in outputs])
     model.zero_grad()
-    return counter.flops
-
-
-def _phases(rdp: ResidualDropPath, images: torch.Tensor) -> tuple[float, float]:
-    """FLOPs of the mean droppath iteration and of the mean complement iteration."""
-    known: dict[tuple, int] = {}
-    counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
-    cycles = tqdm(range(FLOP_CYCLES), "counting what an update costs", leave=False, disable=None)
-    for _ in cycles:
-        for it in rdp.cycle():
-            key = (it.phase, it.dropped)
-            with it:
-                if key not in known:
-                    known[key] = _flops(rdp.model, images)
-            counts[it.phase].append(known[key])
-    return fmean(counts[DROPPATH]), fmean(counts[COMPLEMENT] or [0.0])
-
-
-def flops_per_image(variant: str, costs: dict, every: int) -> float:
-    """FLOPs of an image of an epoch, on average, with a complement iteration every so often.
-
-    Args:
-        costs: from `count_costs`, where it could count.
-    """
-    if variant in ("plain", "droppath", "droppath-matched"):
-        return costs["update"]
-    if variant == "droppath-batch":
-        return costs["droppath"]
-    complements = costs["complements"] / every
-    cycle = costs["droppath"] + complements * costs["complement"]
-    return cycle / (1 + complements) if variant == "rdp-next" else cycle
+    return counter.get_total_flops()
 
 
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:
@@ -144,7 +135,7 @@ def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.lr)
     with warnings.catch_warnings(), refused_with(f"--sched {args.sched} with --epochs {epochs}"):
         warnings.simplefilter("ignore")  # the run itself says them once
-        kwargs = dict[str, Any](scheduler_kwargs(options))
+        kwargs = dict[str, Any](scheduler_kwargs(options, decreasing_metric=False))
         return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1_000)[1]
 
 

@@ -4,9 +4,7 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,14 @@ import torch
 import yaml
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.study.compare import cost
-from timm_rdp.study.compare.runs import (
-    FOR_RDP,
-    MATCHED,
-    RDP_VARIANTS,
-    RECIPE,
-    Cell,
-    Training,
-    variant_flags,
-)
-from timm_rdp.training.checkpoint import check_checkpoints
-from timm_rdp.training.checks import check_limits, flag
-from timm_rdp.training.data import check_data
-from timm_rdp.training.files import write_atomically
+from timm_rdp.study.compare import cost, runs
+from timm_rdp.study.compare.runs import FOR_RDP, MATCHED, RDP_VARIANTS
+from timm_rdp.training.checkpoint import check_weights_files
+from timm_rdp.training.dataset import check_data
 from timm_rdp.training.flags import build_parser as build_training_parser
+from timm_rdp.training.flags import flag
 from timm_rdp.training.options import parse_args, read_config
+from timm_rdp.training.saver import write_atomically
 
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
@@ -51,10 +41,7 @@ FREE = (
 
 
 def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.Namespace, float]:
-    """The training options that all runs share, and their drop rate (0.1 where they have none).
-
-    Args:
-        rest: the command line, without compare's own flags.
+    """The training options in `rest` that all runs share, and their drop rate (0.1 without one).
 
     Raises:
         UsageError: an option is wrong, or is one that compare sets itself.
@@ -66,14 +53,14 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
     for name, instead in SET_HERE.items():
         if name in typed:
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
-    with_rdp = not RDP_VARIANTS.isdisjoint(variants)
     for name in FOR_RDP:
-        if name in typed and not with_rdp:
+        if name in typed and RDP_VARIANTS.isdisjoint(variants):
             raise UsageError(f"{flag(name)} {typed[name]} needs rdp or rdp-next in --variants")
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     # Whatever the config says of these: its other options are checked.
     neutral = ["--seed", "0", "--drop-path", str(DEFAULT_RATE), "--resume", ""]
-    options = parse_args([*rest, *neutral, *(["--rdp"] if with_rdp else [])])
+    patched = not {"droppath-batch", *RDP_VARIANTS}.isdisjoint(variants)
+    options = parse_args([*rest, *neutral, *(["--rdp"] if patched else [])])
     if "checkpoint_hist" not in typed.keys() | config.keys():
         options.checkpoint_hist = 1  # timm keeps ten, of every run
     return options, config.get("drop_path") or DEFAULT_RATE
@@ -99,22 +86,21 @@ def read_grid(output: Path) -> dict[str, Any] | None:
         return None
     with refused_with(f"{output / GRID} cannot be used, name another folder"):
         grid = json.loads((output / GRID).read_text())
-        if grid.get("match", "flops") != "flops":
-            raise ValueError(f"droppath-matched was matched by {grid['match']}, not by FLOPs")
         for name in ("model", "data_dir", "dataset", *FOR_RDP):
             grid["options"][name]
+        runs.cells_of(grid["runs"])
         for name in ("versions", "matched_epochs"):
             grid[name].keys()
-        for key, variant in product(grid["costs"], ("plain", "droppath-batch", "rdp")):
-            if (key == "plain") == (variant == "plain"):
-                flops_of_epochs(grid, variant, None if key == "plain" else float(key), 1)
+        for key in grid["costs"]:
+            rate = None if key == "plain" else float(key)
+            flops_of_epochs(grid, "rdp" if rate else "plain", rate, 1)
     return grid
 
 
 def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
     """Write grid.json and recipe.yaml."""
     write_atomically(str(output / GRID), (json.dumps(grid, indent=2) + "\n").encode())
-    write_atomically(str(output / RECIPE), yaml.safe_dump(shared_options(options)).encode())
+    write_atomically(str(output / runs.RECIPE), yaml.safe_dump(shared_options(options)).encode())
 
 
 def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +122,8 @@ def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(
                 f"--output {output}: holds {there[0]} of something else; name another folder"
             )
-        empty = {name: {} for name in ("data", "costs", "matched_epochs")}
-        return {"options": own, "versions": versions, **empty}
+        empty: dict[str, Any] = {name: {} for name in ("data", "costs", "matched_epochs")}
+        return {"options": own, "versions": versions, **empty, "runs": []}
     for name in sorted(grid["options"].keys() | own.keys()):
         a, b = grid["options"].get(name), own.get(name)
         if name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b):
@@ -157,14 +143,13 @@ def check_runs(
     options: argparse.Namespace,
     variants: Sequence[str],
     rates: Sequence[float],
-    last_seed: int,
-    output: Path,
     grid: dict[str, Any],
 ) -> None:
-    """Check every command line that will run, and count into the grid what it costs.
+    """Check what will run, and settle in the grid what it costs and how long MATCHED takes.
 
     Raises:
-        UsageError: one of them cannot be used, or a model has no paths at its rate.
+        UsageError: it cannot be run, a model has no paths at its rate, or FLOPs are needed and
+            cannot be counted.
     """
     if options.val_split == "":
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
@@ -176,23 +161,24 @@ def check_runs(
             f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
             "give a smaller one"
         )
-    cells = [(v, r) for r in rates for v in variants if v != "plain"]
-    cells += [("plain", None)] if "plain" in variants else []
-    parsed = {}
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / RECIPE
-        recipe.write_text(yaml.safe_dump(shared_options(options)))
-        for variant, rate in cells:
-            flags = variant_flags(variant, rate, options)
-            run = ["--seed", str(last_seed), "--output", str(output / "runs")]
-            parsed[rate] = parse_args(["-c", str(recipe), *flags, *run])
-    for check in (check_limits, check_data, check_checkpoints):
-        check(next(iter(parsed.values())))
-    for rate, args in parsed.items():
+    check_data(options)
+    check_weights_files(options)
+    counted = rates if set(variants) != {"plain"} else ()
+    for rate in (*counted, *([0.0] if "plain" in variants else ())):
         if (key := str(rate or "plain")) not in grid["costs"]:
+            args = argparse.Namespace(**{**vars(options), "drop_path": rate})
             model, data_config, batches = cost.build_on_meta(args)
             grid["costs"][key] = cost.count_costs(args, model, data_config)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
+    for rate in rates if MATCHED in variants else ():
+        if str(rate) not in grid["matched_epochs"]:
+            rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
+            if rdp is None or usual is None:
+                raise UsageError(
+                    f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
+                    "without data; leave it out"
+                )
+            grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
 
 
 def flops_of_epochs(
@@ -203,39 +189,12 @@ def flops_of_epochs(
     if costs is None or costs["update"] is None:
         return None
     images = grid["data"]["batches_per_epoch"] * grid["data"]["batch_size"]
-    own = cost.flops_per_image(variant, costs, options["rdp_every"])
-    start = options["rdp_start_epoch"] if variant in RDP_VARIANTS else 0
-    early = min(start, epochs)
+    early, own = 0, costs["update"]  # epochs without RDP, and FLOPs of an image in the others
+    if variant == "droppath-batch":
+        own = costs["droppath"]
+    if variant in RDP_VARIANTS:
+        early = min(options["rdp_start_epoch"], epochs)
+        complements = costs["complements"] / options["rdp_every"]
+        own = costs["droppath"] + complements * costs["complement"]
+        own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)
-
-
-def settle_matched(grid: dict[str, Any], options: argparse.Namespace, rate: float) -> int:
-    """The --epochs of droppath-matched at a rate, whose FLOPs are those of rdp; kept in the grid.
-
-    Raises:
-        UsageError: FLOPs cannot be counted.
-    """
-    if str(rate) not in grid["matched_epochs"]:
-        total = cost.total_epochs(options, options.epochs)
-        rdp, usual = (flops_of_epochs(grid, v, rate, total) for v in ("rdp", "droppath"))
-        if rdp is None or usual is None:
-            raise UsageError(
-                f"--variants {MATCHED}: the operations of {options.model} cannot be counted "
-                "without data; leave it out"
-            )
-        grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
-    return grid["matched_epochs"][str(rate)]
-
-
-def training_of(
-    cell: Cell, output: Path, options: argparse.Namespace, grid: dict[str, Any]
-) -> Training:
-    """What to train for a cell."""
-    flags = variant_flags(cell.variant, cell.drop_path, options)
-    flags += ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
-    epochs = options.epochs
-    if cell.variant == MATCHED:
-        epochs = grid["matched_epochs"][str(cell.drop_path)]
-        flags += ["--epochs", str(epochs)]
-    folder = output / "runs" / cell.name
-    return Training(folder, tuple(flags), cost.total_epochs(options, epochs))

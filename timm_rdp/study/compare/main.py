@@ -2,34 +2,33 @@
 
 import argparse
 import fcntl
-import importlib.util
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from timm.utils.distributed import is_distributed_env
 
+from timm_rdp.args import Parser, number, show_defaults
 from timm_rdp.errors import TrainingError, UsageError, refused_with, report
 from timm_rdp.study.compare import grid as grids
 from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
-from timm_rdp.study.figures import check_matplotlib
-from timm_rdp.training.files import check_output
-from timm_rdp.training.flags import flag
+from timm_rdp.study.options import check_installed, check_output
+from timm_rdp.training.flags import COUNT, SEED, flag
+
+DROP_RATE = number(
+    float,
+    "above 0 and below 1; for runs without drop path add plain to --variants",
+    lambda value: 0 < value < 1,
+)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.removeprefix('argument ')} (see --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of `timm-rdp compare`; all others are the training script's."""
-    parser = _Parser(
+    parser = Parser(
         prog="timm-rdp compare",
         description="Train variants x seeds x drop rates, everything else identical, and say what "
         "the results support. All other flags go to the training script (timm-rdp train --help).",
@@ -42,20 +41,18 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--variants", nargs="+", default=["droppath", "rdp"], choices=runs.VARIANTS, metavar="V",
         help=f"of {', '.join(runs.VARIANTS)} (default: droppath rdp)")
-    add("--seeds", type=int, default=5, metavar="N",
-        help="seeds per variant and drop rate (default: 5)")
-    add("--first-seed", type=int, default=0, metavar="N", help="the first of them (default: 0)")
-    add("--drop-paths", type=float, nargs="+", default=[], metavar="R",
+    add("--seeds", type=COUNT, default=5, help="seeds per variant and drop rate")
+    add("--first-seed", type=SEED, default=0, help="the first of them (default: 0)")
+    add("--drop-paths", type=DROP_RATE, nargs="+", metavar="RATE",
         help="drop rates (default: the recipe's, else 0.1)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--jobs", type=COUNT, default=1, help="runs at a time")
     add("--retry", action="store_true", help="run those again that failed")
     add("--pick", choices=("last", "best"), default="last",
-        help="the epoch that counts; best is picked on the validation set (default: last)")
-    add("--output", default="output/compare", metavar="DIR",
-        help="folder to write into (default: output/compare)")
+        help="the epoch that counts; best is picked on the validation set")
+    add("--output", default="output/compare", metavar="DIR", help="folder to write into")
     add("--report", metavar="DIR", help="train nothing, redraw from what is in DIR")
     # fmt: on
-    return parser
+    return show_defaults(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,11 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         args, rest = parser.parse_known_args(argv)
-        check_matplotlib()
-        if importlib.util.find_spec("scipy") is None:
-            raise UsageError(
-                'scipy is not installed and the tests need it: pip install "timm-rdp[demo]"'
-            )
+        check_installed("matplotlib", "scipy")
         if args.report is None:
             return compare(args, rest)
         if not args.report:
@@ -92,62 +85,50 @@ def main(argv: list[str] | None = None) -> int:
 def compare(args: argparse.Namespace, rest: list[str]) -> int:
     """Check everything, do the runs that are missing, write the report.
 
-    Args:
-        args: compare's own options.
-        rest: the training script's.
-
     Raises:
         UsageError: something cannot be followed; nothing was written.
         TrainingError: runs failed, or the disk is full.
     """
-    _check_own(args)
+    if is_distributed_env():
+        raise UsageError("started by torchrun or the like: each run is one process; start it plain")
+    for name in ("variants", "drop_paths"):
+        values = getattr(args, name) or ()
+        if len(set(values)) < len(values):
+            raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: one is given twice")
     options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
     output = check_output(args.output)
     grid = grids.same_grid(output, options)
-    last_seed = args.first_seed + args.seeds - 1
-    grids.check_runs(options, args.variants, rates, last_seed, output, grid)
-    for rate in rates if runs.MATCHED in args.variants else ():
-        grids.settle_matched(grid, options, rate)
+    grids.check_runs(options, args.variants, rates, grid)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
-    cells = _cells(args, rates)
-    grid["runs"] = sorted({cell.name for cell in cells}.union(grid.get("runs", ())))
+    cells = []  # seed by seed, so that what there is can be compared at any time
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
+        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
+    grid["runs"] = sorted({cell.name for cell in cells}.union(grid["runs"]))
 
     with refused_with(f"--output {output} cannot be made, name another folder"):
         (output / "runs").mkdir(parents=True, exist_ok=True)
     with locked(output) as lock:
         grids.write_grid(output, grid, options)
-        trainings = [grids.training_of(cell, output, options, grid) for cell in cells]
-        skipped = (
-            (runs.DONE, runs.DIVERGED) if args.retry else (runs.DONE, runs.DIVERGED, runs.FAILED)
-        )
+        trainings = [runs.training_of(cell, output, options, grid) for cell in cells]
+        ended = (runs.DONE, runs.DIVERGED)
+        skipped = ended if args.retry else (*ended, runs.FAILED)
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
-    if runs.all_cells(output):  # else it was stopped before the first one began
-        print(write_report(output, args.pick))
+    print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    _check_finished(cells, output)
+    folders = [training.folder for training in trainings]
+    left = [f for f in folders if runs.read_record(f)["status"] not in ended]
+    if left:
+        raise TrainingError(
+            f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "
+            f"{left[0].name} (see {left[0]}.log); the same command goes on, --retry also with "
+            "those that failed"
+        )
     return 0
-
-
-def _check_own(args: argparse.Namespace) -> None:
-    if is_distributed_env():
-        raise UsageError("started by torchrun or the like: each run is one process; start it plain")
-    for name in ("variants", "drop_paths"):
-        values = getattr(args, name)
-        if len(set(values)) < len(values):
-            raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: one is given twice")
-    for rate in args.drop_paths:
-        if not 0 < rate < 1:
-            raise UsageError(
-                f"--drop-paths {rate}: must lie between 0 and 1, both excluded; for runs without "
-                "drop path add plain to --variants"
-            )
-    for name, least in (("seeds", 1), ("first_seed", 0), ("jobs", 1)):
-        if (value := getattr(args, name)) < least:
-            raise UsageError(f"{flag(name)} {value}: must be {least} or more")
 
 
 @contextmanager
@@ -157,23 +138,3 @@ def locked(output: Path) -> Iterator[int]:
         with refused_with(f"--output {output}: another comparison is at work there, wait for it"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield lock.fileno()
-
-
-def _cells(args: argparse.Namespace, rates: list[float]) -> list[runs.Cell]:
-    """The grid, seed by seed, so that what there is can be compared at any time."""
-    cells = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        cells += [runs.Cell("plain", None, seed)] if "plain" in args.variants else []
-        cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
-    return cells
-
-
-def _check_finished(cells: list[runs.Cell], output: Path) -> None:
-    folders = [output / "runs" / cell.name for cell in cells]
-    left = [f for f in folders if runs.read_record(f)["status"] not in (runs.DONE, runs.DIVERGED)]
-    if left:
-        raise TrainingError(
-            f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "
-            f"{left[0].name} (see {left[0]}.log); the same command goes on, --retry also with "
-            "those that failed"
-        )

@@ -3,107 +3,90 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from timm_rdp.errors import UsageError
-from timm_rdp.study.compare.figure import draw
+from timm_rdp.study import figures
+from timm_rdp.study.compare import results
 from timm_rdp.study.compare.grid import OUTPUTS, read_grid
-from timm_rdp.study.compare.results import Row, read_results, tabulate
-from timm_rdp.study.compare.runs import MATCHED
-from timm_rdp.study.compare.stats import REFERENCES, Comparison, Mean, p_text, sentences, signed
-from timm_rdp.study.figures import save
-from timm_rdp.training.files import write_atomically
+from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
+from timm_rdp.study.compare.runs import MATCHED, VARIANTS
+from timm_rdp.training.saver import write_atomically
 
-Table = Mapping[float, Sequence[Row]]  # by drop rate
+_TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
 
 
 def write_report(output: Path, pick: str = "last") -> str:
     """Write the four outputs from what a folder holds, finished or not, and return what it says.
 
     Raises:
-        UsageError: there is no comparison, or no run that has begun.
+        UsageError: there is no comparison.
     """
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
-    results = read_results(output, grid, pick)
-    if not results:
-        raise UsageError(f"--report {output}: holds no run yet; start it without --report")
-    table, comparisons = tabulate(results)
-    said = _said(table, comparisons)
+    of_runs = results.read_results(output, grid, pick)
+    rows = results.tabulate(of_runs)
+    said = results.sentences(rows)
+    if not said:
+        said = ["There are no runs of droppath to compare with: add droppath to --variants."]
+    left_out = {}  # plain is in the rows of every rate
+    for row in filter(missing, rows):
+        at = "" if row["variant"] == "plain" else f" at {row['drop_path']:g}"
+        left_out[f"{row['variant']}{at}: {missing(row)}"] = None
+    if left_out:
+        said.append(f"Runs left out of the means: {'; '.join(left_out)}.")
+    said = [f"- {line}" for line in said]
     image = io.BytesIO()
-    save(draw(table, grid["options"]["model"], pick), image)
-    text = [*_table_md(table, grid), *said, "", *_notes(table, comparisons, grid, pick)]
-    rows = [row for rows in table.values() for row in rows]
-    contents = (
-        _csv(asdict(r) | {"drop_path": str(r.drop_path)} for r in results),
-        _csv(map(_row_cells, rows)),
-        ("\n".join(text) + "\n").encode(),
-        image.getvalue(),
-    )
+    draw(rows, grid["options"]["model"], pick).savefig(image)
+    text = [*_table_md(rows, grid), *said, "", *_notes(rows, grid, pick)]
+    contents = (_csv(of_runs), _csv(rows), ("\n".join(text) + "\n").encode(), image.getvalue())
     for name, content in zip(OUTPUTS, contents, strict=True):
         write_atomically(str(output / name), content)
     return "\n".join([*said, f"{', '.join(OUTPUTS)} are in {output}"])
 
 
-def _row_cells(row: Row) -> dict[str, Any]:
-    m = row.top1
-    cells = {"drop_path": str(row.drop_path), "variant": row.variant, "epochs": row.epochs}
-    cells |= {"seeds": m.n, **row.counts, "mean": m.mean, "sd": m.sd, "low": m.low, "high": m.high}
-    for reference in REFERENCES:
-        c = row.comparisons.get(reference)
-        columns = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
-        values = (*c.difference, c.p, c.corrected) if c else (None,) * len(columns)
-        cells |= {f"{k}_to_{reference}": v for k, v in zip(columns, values, strict=True)}
-    return cells | {"seconds": row.seconds, "flops": row.flops, "relative_flops": row.relative}
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    text, rows = io.StringIO(newline=""), list(rows)
-    writer = csv.DictWriter(text, rows[0])
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    columns = [name for name in rows[0] if name != "scores"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         cells = {k: _text(v, ".10g") if isinstance(v, float) else v for k, v in row.items()}
-        writer.writerow(cells)
+        writer.writerow(cells | {"drop_path": str(row["drop_path"])})
     return text.getvalue().encode()
 
 
-def _table_md(table: Table, grid: dict[str, Any]) -> list[str]:
+def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     options = grid["options"]
     folder = Path(options["data_dir"] or "").name
     data = options["dataset"] or folder or "the demo (handwritten digits)"
     lines = [f"# {options['model']} on {data}"]
-    every = [row for rows in table.values() for row in rows]
-    against = [r for r in REFERENCES if any(r in row.comparisons for row in every)]
+    against = [r for r in REFERENCES if any(row[f"pairs_to_{r}"] is not None for row in rows)]
     heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
-    for rate, rows in table.items():
+    for rate, of_rate in groupby(rows, itemgetter("drop_path")):
         lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
-        for row in rows:
-            m = row.top1
-            seeds = ", ".join(filter(None, (str(m.n), row.missing)))
-            cells = [row.variant, _text(row.epochs, "d"), seeds]
-            cells += [_text(m.mean, ".2f"), _text(m.sd, ".2f"), _interval(m, "{:.2f}".format)]
+        for row in of_rate:
+            seeds = ", ".join(filter(None, (str(row["seeds"]), missing(row))))
+            cells = [row["variant"], _text(row["epochs"], "d"), seeds]
+            cells += [_text(row["mean"], ".2f"), _text(row["sd"], ".2f")]
+            cells += [_interval(row["seeds"], row["low"], row["high"], "{:.2f}".format)]
             for reference in against:
-                cells += _against(row, row.comparisons.get(reference))
-            ends = ((row.seconds, ".1f"), (row.flops, ".3g"), (row.relative, ".2f"))
-            cells += [_text(value, form) for value, form in ends]
+                n, mean, _, low, high, *p = (row[f"{k}_to_{reference}"] for k in COMPARED)
+                paired = "" if n in (None, row["seeds"]) else f" ({n} pairs)"
+                difference = "" if mean is None else signed(mean)
+                cells += [f"{difference} {_interval(n, low, high, signed)}{paired}".strip()]
+                cells += ["" if x is None else results.p_text(x)[2:].strip("= ") for x in p]
+            ends = (("seconds", ".1f"), ("flops", ".3g"), ("relative_flops", ".2f"))
+            cells += [_text(row[name], form) for name, form in ends]
             lines.append(_line(cells))
     return [*lines, ""]
-
-
-def _against(row: Row, c: Comparison | None) -> list[str]:
-    if c is None:
-        return ["", "", ""]
-    d = c.difference
-    paired = "" if d.n == row.top1.n else f" ({d.n} pairs)"
-    mean = "" if d.mean is None else signed(d.mean)
-    p_values = ["" if p is None else p_text(p)[2:].strip("= ") for p in (c.p, c.corrected)]
-    return [f"{mean} {_interval(d, signed)}{paired}".strip(), *p_values]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -114,30 +97,14 @@ def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _interval(m: Mean, text: Callable[[float], str]) -> str:
-    if m.n == 1:
+def _interval(n: int | None, low: float | None, high: float | None, text: Callable) -> str:
+    if n == 1:
         return "(one seed: none)"
-    return "" if m.low is None or m.high is None else f"[{text(m.low)}, {text(m.high)}]"
+    return "" if low is None else f"[{text(low)}, {text(high)}]"
 
 
-def _said(table: Table, comparisons: Sequence[Comparison]) -> list[str]:
-    said = sentences(comparisons)
-    if not said:
-        said = ["There are no runs of droppath to compare with: add droppath to --variants."]
-    missing = {}  # plain is in the rows of every rate
-    for row in (row for rows in table.values() for row in rows if row.missing):
-        place = row.variant if row.variant == "plain" else f"{row.variant} at {row.drop_path:g}"
-        missing[place] = row.missing
-    if missing:
-        listed = "; ".join(f"{place}: {what}" for place, what in missing.items())
-        said.append(f"Runs that are not in the means: {listed}.")
-    return [f"- {line}" for line in said]
-
-
-def _notes(
-    table: Table, comparisons: Sequence[Comparison], grid: dict[str, Any], pick: str
-) -> list[str]:
-    tests = sum(c.p is not None for c in comparisons)
+def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
+    tests = sum(row[f"p_to_{reference}"] is not None for row in rows for reference in REFERENCES)
     epoch = {
         "last": "after the last epoch, so that nothing is picked on it",
         "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
@@ -156,9 +123,77 @@ def _notes(
     ]
     if any(costs["update"] is None for costs in grid["costs"].values()):
         notes.append("The FLOPs of this model could not be counted without data.")
-    if any(row.variant == MATCHED for rows in table.values() for row in rows):
+    if any(row["variant"] == MATCHED for row in rows):
         notes.append(
             "droppath-matched is droppath with the number of --epochs whose cost comes nearest to "
             "that of rdp, by counted FLOPs, and never with fewer than the others."
         )
     return "\n\n".join(notes).splitlines()
+
+
+def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
+    """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
+    from matplotlib.transforms import ScaledTranslation
+
+    table = {rate: [*own] for rate, own in groupby(rows, itemgetter("drop_path"))}
+    columns = min(len(table), 2)
+    lines = -(-len(table) // columns)
+    width = figures.WIDTH if columns > 1 else 6.4
+    figure = figures.new_figure(height=3.3 * lines + 0.9, width=width)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    drawn = [row for row in rows if row["seeds"]]
+    measure, label = "epochs", "epochs"  # what stands for compute, as far as it is known of all
+    if all(row["flops"] is not None for row in drawn):
+        measure, label = "flops", "FLOPs of the run"
+    if all(row["relative_flops"] is not None for row in drawn):
+        measure, label = "relative_flops", "FLOPs of the run, droppath = 1"
+    handles: dict[str, Any] = {}
+    for (rate, of_rate), axes in zip(table.items(), panels, strict=False):
+        # The mean stands beside its dots, a few points to the right.
+        beside = axes.transData + ScaledTranslation(7 / 72, 0, figure.dpi_scale_trans)
+        shown = [row for row in of_rate if row["seeds"]]
+        places = [row[measure] for row in shown]
+        near = 0.05 * (max(places, default=0.0) - min(places, default=0.0) or 1.0)
+        for i, row in enumerate(shown):
+            while any(abs(places[i] - other) < 0.99 * near for other in places[:i]):
+                places[i] += near  # side by side where variants cost the same
+            index = VARIANTS.index(row["variant"])
+            style = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
+            dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
+            scores = list(row["scores"].values())
+            axes.plot([places[i]] * len(scores), scores, **dots, **style)
+            half = None if row["high"] is None else row["high"] - row["mean"]
+            look = dict(markersize=7, capsize=3, linewidth=1.2, transform=beside, **style)
+            handles[row["variant"]] = axes.errorbar(places[i], row["mean"], half, **look)
+        text = "\n".join(f"{row['variant']}: {missing(row)}" for row in of_rate if missing(row))
+        axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7)
+        axes.set_title(f"drop path {rate:g}", fontsize=9)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.08)
+    for axes in panels[len(table) :]:
+        axes.set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel(f"top-1, {pick} epoch (%)")
+    cut = _limit_height(panels[0], drawn)
+    if handles:
+        names = sorted(handles, key=VARIANTS.index)
+        shapes = [handles[name] for name in names]
+        figure.legend(shapes, names, loc="outside lower center", ncols=3, fontsize=8)
+    how = ", cut off at the frame" if cut else ""
+    figure.suptitle(f"{model}: a dot a seed; the mean and its 95 % interval{how}", fontsize=11)
+    return figure
+
+
+def _limit_height(axes: "figures.Axes", rows: Sequence[Row]) -> bool:
+    """Let the dots decide where intervals dwarf them; returns whether one is cut off."""
+    scores = [score for row in rows for score in row["scores"].values()]
+    if not scores:
+        return False
+    edges = [row[e] for row in rows for e in ("low", "high") if row[e] is not None]
+    span = max(scores) - min(scores) or 1.0
+    low = max(min(scores + edges), min(scores) - 1.5 * span)
+    high = min(max(scores + edges), max(scores) + 1.5 * span)
+    margin = 0.06 * (high - low or 1.0)
+    axes.set_ylim(low - margin, high + margin)
+    return any(not low <= edge <= high for edge in edges)

@@ -1,106 +1,185 @@
-"""What the runs of a comparison came to, variant by variant."""
+"""What the runs of a comparison came to: means with intervals, paired tests, their correction."""
 
 import math
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.grid import flops_of_epochs
-from timm_rdp.study.compare.stats import Comparison, compare, mean_of
 
 MEASURED = {"top1": "eval_top1", "eval_loss": "eval_loss", "train_loss": "train_loss"}
-NOT_BEGUN = "not begun"
+REFERENCES = ("droppath", "droppath-matched")
+LEVEL = 0.05
+# What compares a variant with a reference, over the seeds that are done in both: variant minus
+# reference, paired by seed; p_corrected is after Holm's correction over the table.
+COMPARED = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
 
-
-@dataclass
-class Result:
-    """What a run came to; numbers that it did not come to are None, and plain's rate is 0."""
-
-    variant: str
-    drop_path: float
-    seed: int
-    status: str
-    epochs: int
-    top1: float | None
-    eval_loss: float | None
-    train_loss: float | None
-    seconds: float | None
-    flops: float | None
-    error: str
-
-
-@dataclass
-class Row:
-    """One variant at one drop rate, which for plain is the section's that it is shown in."""
-
-    drop_path: float
-    variant: str
-    results: list[Result]
-    relative: float | None = None  # flops over those of droppath
-    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by reference
-
-    def __post_init__(self):
-        done = [r for r in self.results if r.status == runs.DONE]
-        self.epochs = done[0].epochs if done else None
-        self.flops = done[0].flops if done else None
-        seconds = [r.seconds for r in done if r.seconds is not None]
-        self.seconds = statistics.median(seconds) if seconds else None
-        self.scores = {r.seed: r.top1 for r in done if r.top1 is not None}
-        self.top1 = mean_of(list(self.scores.values()))
-        ended = {s: sum(r.status == s for r in self.results) for s in (runs.DIVERGED, runs.FAILED)}
-        unfinished = len(self.results) - len(done) - sum(ended.values())
-        self.counts = ended | {"unfinished": unfinished}  # of what is not in the mean
-
-    @property
-    def missing(self) -> str:
-        """The counts as text; '' where all runs are in the mean."""
-        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+# A run as in runs.csv: numbers that it did not come to are None, and plain's drop_path is 0.
+Result = dict[str, Any]
+# A variant at a drop rate as in table.csv, and "scores": {seed: top1} of the runs that are done;
+# plain's drop_path is that of the variants that it is shown with.
+Row = dict[str, Any]
 
 
 def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
-    """What every run in a folder, or asked for, came to by its "last" or its "best" epoch.
+    """What every run that was asked for came to by its "last" or its "best" epoch.
 
     Raises:
         UsageError: what there is of one is damaged.
     """
-    return [
-        _result(output, cell, grid, pick) for cell in runs.all_cells(output, grid.get("runs", ()))
-    ]
+    results = []
+    for cell in runs.cells_of(grid["runs"]):
+        folder = output / "runs" / cell.name
+        record = runs.read_record(folder)
+        measured = dict.fromkeys(MEASURED)
+        if record["status"] == runs.DONE:
+            _, rows = runs.read_summary(folder)
+            with runs.damage_named(folder):
+                best = max(rows, key=lambda row: float(row["eval_top1"]))
+                row = best if pick == "best" else rows[-1]
+                measured = {name: float(row[column]) for name, column in MEASURED.items()}
+                if not all(map(math.isfinite, measured.values())):
+                    raise ValueError(f"not finite: {row}")
+        flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
+        found = record | measured | {"flops": flops}
+        columns = ("status", "epochs", *MEASURED, "seconds", "flops", "error")
+        place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
+        results.append(place | {name: found[name] for name in columns})
+    return results
 
 
-def _result(output: Path, cell: runs.Cell, grid: dict[str, Any], pick: str) -> Result:
-    folder = output / "runs" / cell.name
-    record = runs.read_record(folder)
-    measured: dict[str, Any] = dict.fromkeys(MEASURED)
-    if record["status"] == runs.DONE:
-        rows = runs.summary_rows(folder)
-        with runs.damage_named(folder):
-            row = max(rows, key=lambda r: float(r["eval_top1"])) if pick == "best" else rows[-1]
-            values = [float(row[column]) for column in MEASURED.values()]
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"not finite: {row}")
-            measured |= zip(MEASURED, values, strict=True)
-    flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
-    record["status"] = record["status"] or NOT_BEGUN
-    return Result(cell.variant, cell.drop_path or 0.0, cell.seed, **record, **measured, flops=flops)
+def tabulate(results: Sequence[Result]) -> list[Row]:
+    """A row a variant and drop rate, in the order of rates and of VARIANTS."""
+    of_cell = defaultdict(list)
+    for result in results:
+        of_cell[result["variant"], result["drop_path"]].append(result)
+    rates = sorted({rate for variant, rate in of_cell if variant != "plain"}) or [0.0]
+    rows = {}
+    for rate, variant in product(rates, runs.VARIANTS):
+        if own := of_cell.get((variant, 0.0 if variant == "plain" else rate)):
+            rows[rate, variant] = {"drop_path": rate, "variant": variant, **_summary(own)}
+    compared = []
+    for (rate, variant), row in rows.items():
+        for i, reference in enumerate(REFERENCES):
+            values: Sequence = (None,) * len(COMPARED)
+            # A reference is not compared with itself, nor is a pair the other way round.
+            if variant not in REFERENCES[: i + 1] and (rate, reference) in rows:
+                a, b = row["scores"], rows[rate, reference]["scores"]
+                differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+                values = (*mean_of(differences), paired_p(differences), None)
+                compared.append((row, reference))
+            row |= {f"{k}_to_{reference}": v for k, v in zip(COMPARED, values, strict=True)}
+    corrected = holm([row[f"p_to_{reference}"] for row, reference in compared])
+    for (row, reference), p in zip(compared, corrected, strict=True):
+        row[f"p_corrected_to_{reference}"] = p
+    for (rate, _), row in rows.items():
+        row |= {name: row.pop(name) for name in ("seconds", "flops")}  # the last columns
+        usual = rows.get((rate, "droppath"), {}).get("flops")
+        row["relative_flops"] = row["flops"] / usual if row["flops"] and usual else None
+    return list(rows.values())
 
 
-def tabulate(results: Sequence[Result]) -> tuple[dict[float, list[Row]], list[Comparison]]:
-    """The rows of each drop rate, in the order of VARIANTS, and every comparison among them."""
-    table = {}
-    for rate in sorted({r.drop_path for r in results if r.variant != "plain"}) or [0.0]:
-        place = {v: 0.0 if v == "plain" else rate for v in runs.VARIANTS}
-        own = {v: [r for r in results if (r.variant, r.drop_path) == (v, place[v])] for v in place}
-        table[rate] = [Row(rate, variant, of_it) for variant, of_it in own.items() if of_it]
-    scores = {rate: {row.variant: row.scores for row in rows} for rate, rows in table.items()}
-    comparisons = compare(scores)
-    for rate, rows in table.items():
-        usual = next((row.flops for row in rows if row.variant == "droppath"), None)
-        for row in rows:
-            row.relative = row.flops / usual if row.flops and usual else None
-            own = [c for c in comparisons if (c.drop_path, c.variant) == (rate, row.variant)]
-            row.comparisons = {c.reference: c for c in own}
-    return table, comparisons
+def _summary(results: Sequence[Result]) -> dict[str, Any]:
+    """The columns of a row that are about its runs alone."""
+    done = [r for r in results if r["status"] == runs.DONE]
+    scores = {r["seed"]: r["top1"] for r in done}
+    ended = Counter(r["status"] for r in results)
+    counts = {status: ended[status] for status in (runs.DIVERGED, runs.FAILED)}
+    counts["unfinished"] = len(results) - len(done) - sum(counts.values())
+    n, mean, sd, low, high = mean_of(list(scores.values()))
+    seconds = [r["seconds"] for r in done if r["seconds"] is not None]
+    return {
+        **{"epochs": done[0]["epochs"] if done else None, "seeds": n, **counts},
+        **{"mean": mean, "sd": sd, "low": low, "high": high, "scores": scores},
+        "seconds": statistics.median(seconds) if seconds else None,
+        "flops": done[0]["flops"] if done else None,
+    }
+
+
+def mean_of(values: Sequence[float]) -> tuple[int, Any, Any, Any, Any]:
+    """Number of values, mean, standard deviation (n - 1), both ends of the mean's 95 % interval.
+
+    The interval is that of the t distribution; what the number does not allow is None.
+    """
+    n = len(values)
+    if n < 2:
+        return n, values[0] if n else None, None, None, None
+    from scipy.stats import t
+
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    half = float(t.ppf(1 - LEVEL / 2, n - 1)) * sd / n**0.5
+    return n, mean, sd, mean - half, mean + half
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of the paired t test, from the differences of the pairs.
+
+    Returns:
+        1 where there are no differences; None for fewer than two pairs, and where all pairs differ
+        by the same amount, which a t test takes for certainty
+    """
+    if len(differences) < 2:
+        return None
+    unequal = {round(difference, 9) for difference in differences}
+    if len(unequal) == 1:
+        return None if unequal.pop() else 1.0
+    from scipy.stats import ttest_1samp
+
+    test: Any = ttest_1samp(differences, 0)
+    return float(test.pvalue)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction; None, where there was no test, stays None and does not count."""
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What the comparisons of ResidualDroppath support; those of all where there are none of it."""
+    compared = [(r, ref) for r in rows for ref in REFERENCES if r[f"pairs_to_{ref}"] is not None]
+    about_rdp = [c for c in compared if c[0]["variant"] in runs.RDP_VARIANTS]
+    chosen = sorted(about_rdp or compared, key=lambda c: (c[0]["drop_path"], c[0]["variant"]))
+    return [_sentence(row, reference) for row, reference in chosen]
+
+
+def _sentence(row: Row, reference: str) -> str:
+    n, mean, _, low, high, p, corrected = (row[f"{k}_to_{reference}"] for k in COMPARED)
+    start = f"{row['variant']} - {reference} at {row['drop_path']:g}: "
+    if mean is None:
+        return start + "no seed is done in both, so that nothing can be said."
+    if low is None:
+        return start + f"{signed(mean)} points, one seed: no interval or test can be given."
+    start += f"{signed(mean)} points [{signed(low)}, {signed(high)}], {n} seeds, "
+    if corrected is None:
+        return start + "the same difference in every seed: no test can be given."
+    start += f"corrected {p_text(corrected)}: "
+    if corrected >= LEVEL:
+        how = "that holds after correction" if p < LEVEL else "seen"
+        return start + f"no difference {how}."
+    return start + f"{row['variant']} is {'better' if mean > 0 else 'worse'}."
+
+
+def missing(row: Row) -> str:
+    """The runs that are not in the mean, as text; '' where there are none."""
+    kinds = (runs.DIVERGED, runs.FAILED, "unfinished")
+    return ", ".join(f"{row[kind]} {kind}" for kind in kinds if row[kind])
+
+
+def signed(value: float) -> str:
+    """A difference as text, never -0.00."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def p_text(p: float) -> str:
+    """A p value as text."""
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"

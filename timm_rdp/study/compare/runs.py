@@ -15,15 +15,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from timm_rdp.errors import refused_with
-from timm_rdp.training.files import write_atomically
+from timm_rdp.study.compare.cost import total_epochs
 from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
+from timm_rdp.training.saver import write_atomically
 
 VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
 RDP_VARIANTS = frozenset({"rdp", "rdp-next"})
@@ -31,9 +32,9 @@ FOR_RDP = ("rdp_every", "rdp_start_epoch")
 MATCHED = "droppath-matched"
 RECIPE = "recipe.yaml"
 
-DONE, FAILED, DIVERGED, INTERRUPTED = "done", "failed", "diverged", "interrupted"
+DONE, FAILED, DIVERGED = "done", "failed", "diverged"
+INTERRUPTED, NOT_BEGUN = "interrupted", "not begun"
 
-_NAME = re.compile(rf"({'|'.join(VARIANTS)})(?:-(0\.\d+|\d(?:\.\d+)?e-\d+))?-seed(\d+)")
 # How the training command says that numbers ran away.
 _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is not a finite)")
 _NEVER = 1_000_000_000  # droppath iterations until a complement iteration
@@ -58,73 +59,65 @@ class Cell:
         return f"{self.variant}{rate}-seed{self.seed}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
     """A run to do: its folder, its flags beside those of the recipe, how many epochs it takes."""
 
     folder: Path
-    flags: tuple[str, ...]
+    flags: list[str]
     epochs: int
+    is_first: bool = True  # there is nothing of an earlier attempt
+    log_start: int = 0
 
 
-class _Attempt(NamedTuple):
-    training: Training
-    process: subprocess.Popen
-    first: bool  # there was nothing before
-    log_start: int
-
-
-def cell_of_name(name: str) -> Cell | None:
-    """The cell that a folder of this name holds; None for any other folder."""
-    match = _NAME.fullmatch(name)
-    if not match or (match[1] == "plain") != (match[2] is None):
-        return None
-    return Cell(match[1], None if match[2] is None else float(match[2]), int(match[3]))
-
-
-def all_cells(output: Path, asked: Iterable[str] = ()) -> list[Cell]:
-    """Every cell that was asked for by name or that the folder has something of, in fixed order."""
-    names = {path.name.removesuffix(".json") for path in (output / "runs").glob("*-seed*")}
-    cells = [cell for name in names.union(asked) if (cell := cell_of_name(name)) is not None]
+def cells_of(names: Iterable[str]) -> list[Cell]:
+    """The cells of these names, in the order of the tables."""
+    cells = []
+    for name in names:
+        variant, rate, seed = re.findall(r"(.+?)(?:-(\d.*))?-seed(\d+)", name)[0]
+        cells.append(Cell(variant, float(rate) if rate else None, int(seed)))
     return sorted(cells, key=lambda c: (c.drop_path or 0.0, VARIANTS.index(c.variant), c.seed))
 
 
-def variant_flags(variant: str, drop_path: float | None, options: argparse.Namespace) -> list[str]:
-    """The training flags of a variant; FOR_RDP of the options go to the RDP variants alone."""
-    flags = ["--drop-path", str(drop_path or 0.0)]
-    if variant == "droppath-batch":
+def training_of(
+    cell: Cell, output: Path, options: argparse.Namespace, grid: Mapping[str, Any]
+) -> Training:
+    """What to train for a cell; FOR_RDP of the options go to the RDP variants alone."""
+    flags = ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
+    flags += ["--drop-path", str(cell.drop_path or 0.0)]
+    epochs = options.epochs
+    if cell.variant == MATCHED:
+        epochs = grid["matched_epochs"][str(cell.drop_path)]
+        flags += ["--epochs", str(epochs)]
+    if cell.variant == "droppath-batch":
         flags += ["--rdp", "--rdp-every", str(_NEVER)]
-    if variant in RDP_VARIANTS:
+    if cell.variant in RDP_VARIANTS:
         values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
         flags += ["--rdp", *chain.from_iterable(values.items())]
-    if variant == "rdp-next":
+    if cell.variant == "rdp-next":
         flags += ["--rdp-batch", "next"]
-    return flags
+    return Training(output / "runs" / cell.name, flags, total_epochs(options, epochs))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What is known of a run: status, seconds, epochs, error.
-
-    Status "" is a run that has not begun, or whose folder was removed.
+    """What became of a run: its seconds (None where part was not measured), epochs, error, status.
 
     Raises:
         UsageError: what there is of it is damaged.
     """
-    begun, epochs, file = folder.is_dir(), epochs_done(folder), Path(f"{folder}.json")
-    status = INTERRUPTED if begun else ""
-    unfinished = {"status": status, "seconds": None, "epochs": epochs, "error": ""}
+    file, begun, (epochs, _) = Path(f"{folder}.json"), folder.is_dir(), read_summary(folder)
+    status = INTERRUPTED if begun else NOT_BEGUN
+    unfinished = {"seconds": None, "epochs": epochs, "error": "", "status": status}
     if not file.exists():
         return unfinished
     with refused_with(f"{file} is damaged, delete it"):
-        record = json.loads(file.read_text())
-        if record.keys() != unfinished.keys() or record["status"] not in (DONE, DIVERGED, FAILED):
-            raise ValueError("not the record of a run")
-    if record["status"] == DONE and not begun:
-        return unfinished
+        record = {name: json.loads(file.read_text())[name] for name in unfinished}
+    if record["status"] != DONE:
+        return record
     with damage_named(folder):
-        if record["status"] == DONE and record["epochs"] != epochs:
+        if begun and record["epochs"] != epochs:
             raise ValueError(f"{epochs} of {record['epochs']} epochs")
-    return record
+    return record if begun else unfinished
 
 
 def damage_named(folder: Path) -> AbstractContextManager[None]:
@@ -132,17 +125,12 @@ def damage_named(folder: Path) -> AbstractContextManager[None]:
     return refused_with(f"{folder / SUMMARY} is damaged, delete {folder}")
 
 
-def summary_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv, none where there is no such file."""
+def read_summary(folder: Path) -> tuple[int, list[dict[str, str]]]:
+    """How many epochs a run's summary.csv goes up to, and its rows; none without the file."""
     with damage_named(folder):
         text = (folder / SUMMARY).read_text() if (folder / SUMMARY).exists() else ""
-        return list(csv.DictReader(text.splitlines()))
-
-
-def epochs_done(folder: Path) -> int:
-    """How many epochs a run's summary.csv goes up to."""
-    with damage_named(folder):
-        return max((int(row["epoch"]) + 1 for row in summary_rows(folder)), default=0)
+        rows = list(csv.DictReader(text.splitlines()))
+        return (int(rows[-1]["epoch"]) + 1 if rows else 0), rows
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -167,19 +155,17 @@ def train_all(
 
     Signals that ask to stop are passed on to the runs, which save what they have, and no more are
     begun; a second signal kills them. They keep the file descriptor `lock` open while they live.
-
-    Returns:
-        the signal that stopped them, else 0
+    Returns the signal that stopped them, else 0.
     """
     waiting, stop, stopped_at = deque(trainings), 0, 0.0
-    active: dict[int, _Attempt] = {}
+    active: dict[int, tuple[Training, subprocess.Popen]] = {}
 
     def forward(number: int, _: Any) -> None:
         nonlocal stop, stopped_at
         if stop and time.monotonic() - stopped_at < _SAME_SIGNAL:
             return
-        for attempt in active.values():
-            attempt.process.send_signal(signal.SIGKILL if stop else _passed_on(number))
+        for _, process in active.values():
+            process.send_signal(signal.SIGKILL if stop else _passed_on(number))
         stop, stopped_at = stop or number, stopped_at or time.monotonic()
 
     bar = tqdm(total=len(trainings), unit="run", smoothing=0, disable=None, dynamic_ncols=True)
@@ -188,23 +174,24 @@ def train_all(
         while active or (waiting and not stop):
             for slot, environment in enumerate(environments):
                 if slot not in active and waiting and not stop:
-                    active[slot] = _start(waiting.popleft(), environment, lock)
+                    training = waiting.popleft()
+                    active[slot] = training, _start(training, environment, lock)
                     if stop:  # it came while the process was made
-                        active[slot].process.send_signal(_passed_on(stop))
-            for slot, attempt in list(active.items()):
-                if attempt.process.poll() is not None:
+                        active[slot][1].send_signal(_passed_on(stop))
+            for slot, (training, process) in list(active.items()):
+                if process.poll() is not None:
                     del active[slot]
                     ended = len(trainings) - len(waiting) - len(active)
-                    line = f"[{ended}/{len(trainings)}] {_finish(attempt, stopped=bool(stop))}"
-                    bar.write(line, file=sys.stderr)
+                    what = _finish(training, process.returncode, stopped=bool(stop))
+                    bar.write(f"[{ended}/{len(trainings)}] {what}", file=sys.stderr)
                     bar.update()
             time.sleep(_POLL)
     finally:
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for attempt in active.values():  # something went wrong here
-            attempt.process.terminate()
+        for _, process in active.values():  # something went wrong here
+            process.terminate()
     return stop
 
 
@@ -220,11 +207,12 @@ def _passed_on(number: int) -> int:
     return number if number == signal.SIGINT else signal.SIGTERM
 
 
-def _start(training: Training, environment: Mapping[str, str], lock: int) -> _Attempt:
+def _start(training: Training, environment: Mapping[str, str], lock: int) -> subprocess.Popen:
     Path(f"{training.folder}.json").unlink(missing_ok=True)
-    first = not training.folder.exists()
+    training.is_first = not training.folder.exists()
     with open(f"{training.folder}.log", "ab") as log:
-        process = subprocess.Popen(
+        training.log_start = log.tell()
+        return subprocess.Popen(
             training_command(training),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -233,31 +221,25 @@ def _start(training: Training, environment: Mapping[str, str], lock: int) -> _At
             pass_fds=(lock,),
             start_new_session=True,  # Ctrl-C on the terminal reaches it once, through us
         )
-        return _Attempt(training, process, first, log.tell())
 
 
-def _finish(attempt: _Attempt, stopped: bool) -> str:
+def _finish(training: Training, code: int, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
-    folder, code = attempt.training.folder, attempt.process.returncode
-    status, error, seconds, epochs = DONE, "", None, epochs_done(folder)
-    if code or epochs < attempt.training.epochs:
+    folder = training.folder
+    status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
+    if code or epochs < training.epochs:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
-        error = _error(Path(f"{folder}.log"), attempt.log_start, code)
+        log = Path(f"{folder}.log").read_bytes()[training.log_start :].decode(errors="replace")
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("error: ")]
+        killed = [f"killed by signal {-code}"] if code < 0 else []
+        error = [f"exit status {code}", *lines[-1:], *killed, *told[-1:]][-1][:300]
         status = DIVERGED if code == 1 and _RAN_AWAY.match(error) else FAILED
     # Without the process's start, which takes as long for every variant: args.yaml is written when
     # all is set up. Of a resumed run only a part was measured.
-    if attempt.first and (folder / "args.yaml").exists():
+    if training.is_first and (folder / "args.yaml").exists():
         seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
     record = {"seconds": seconds, "epochs": epochs, "error": error, "status": status}
     write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())
     return f"{folder.name} {status}" + (f": {error} (see {folder}.log)" if error else "")
-
-
-def _error(log: Path, start: int, code: int) -> str:
-    """The last error that a run's log tells of, or else what there is to say."""
-    lines = [x for x in log.read_bytes()[start:].decode(errors="replace").splitlines() if x.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    if told or code < 0:
-        return told[-1] if told else f"killed by signal {-code}"
-    return lines[-1].strip()[:300] if lines else f"exit status {code}"

@@ -3,8 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,124 +16,84 @@ POOLS = ("mean", "max", "first")
 INPUT = "(input)"
 
 
-def blocks_of(model: nn.Module, paths: Sequence[Path]) -> dict[str, nn.Module]:
-    """The modules that hold the paths' DropPaths, and others of their types, by name."""
-    modules = dict(model.named_modules())
-    owners = {path.name.partition("#")[0].rpartition(".")[0] for path in paths}
-    kinds = {type(modules[name]) for name in owners}
-    return {n: m for n, m in modules.items() if n and type(m) in kinds}
-
-
 def choose(
     model: nn.Module, paths: Sequence[Path], wanted: Sequence[str] | None
 ) -> tuple[list[Path], dict[str, nn.Module]]:
-    """The paths and modules to observe: all paths and blocks, or those that were asked for.
+    """The paths and modules of a model to observe: all paths and blocks, or those wanted.
 
-    Args:
-        model: the model.
-        paths: its paths.
-        wanted: names, which may hold * for any text; paths come before modules of the same name.
+    The names wanted may hold * for any text; paths come before modules of the same name.
 
     Raises:
         UsageError: the model has no path or module of that name.
     """
-    if not wanted:
-        return list(paths), blocks_of(model, paths)
     modules = {n: m for n, m in model.named_modules() if n}
+    if not wanted:  # blocks hold the paths' DropPaths, or are of the same types
+        owners = {path.name.partition("#")[0].rpartition(".")[0] for path in paths}
+        kinds = {type(model.get_submodule(name)) for name in owners}
+        return list(paths), {n: m for n, m in modules.items() if type(m) in kinds}
     path_names = [path.name for path in paths]
     chosen: set[str] = set()
     others = {}
     for name in wanted:
-        found = fnmatch.filter(path_names, name)
-        chosen.update(found)
-        if not found:
-            found = fnmatch.filter(modules, name)
+        if found := fnmatch.filter(path_names, name):
+            chosen.update(found)
+        elif found := fnmatch.filter(modules, name):
             others |= {n: modules[n] for n in found}
-        if not found:
+        else:
             close = nearest(name, [*path_names, *modules])
             raise UsageError(f"--layers {name}: the model has no such path or module{close}")
     return [path for path in paths if path.name in chosen], others
 
 
-class Recorder:
-    """Runs a model and keeps the pooled features of its paths and modules, over any batches.
+def run_observed(
+    model: nn.Module,
+    x: Tensor,
+    paths: Sequence[Path],
+    modules: dict[str, nn.Module],
+    pool: str = "mean",
+    with_input: bool = True,
+) -> tuple[Any, dict[tuple[str, str], Tensor | None]]:
+    """Run a model on a batch and pool what its paths and modules put out.
 
     Args:
         model: in eval mode.
+        x: images, (batch, C, H, W).
         paths: their outputs are what each adds to the residual stream.
-        modules: their outputs, e.g. of blocks: the stream itself. What the first of them gets is
-            kept as "(input)" where `with_input` is set.
-        samples: how many will pass through; memory for them is taken once per layer, since small
-            tensors kept batch by batch would pin the heap between the big ones that are freed.
-        pool: how the positions of a feature map or token sequence become one value a channel:
-            "mean", "max", or "first" (the class token where there is one).
+        modules: their outputs, e.g. of blocks: the stream itself.
+        with_input: also what the first of the modules gets, as "(input)".
 
-    `paths` and `blocks` hold {name: (samples, width)} in the order of the forward pass, and
-    `skipped` the names of layers whose output is no feature per image.
+    Returns:
+        the model's output, and {("paths" or "blocks", name): (batch, width)} in the order of the
+        forward pass, None where the output is no feature per image
     """
+    path_names: dict[Any, str] = {(path.module, path.call): path.name for path in paths}
+    block_names = {module: name for name, module in modules.items()}
+    calls: Counter[nn.Module] = Counter()
+    features: dict[tuple[str, str], Tensor | None] = {}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        paths: Sequence[Path],
-        modules: dict[str, nn.Module],
-        samples: int,
-        pool: str = "mean",
-        with_input: bool = True,
-    ):
-        self._model, self._modules, self._with_input = model, modules, with_input
-        self._path_names = {(path.module, path.call): path.name for path in paths}
-        self._samples, self._pool, self._seen = samples, pool, 0
-        self.paths: dict[str, Tensor] = {}
-        self.blocks: dict[str, Tensor] = {}
-        self.skipped: set[str] = set()
-
-    def __call__(self, x: Tensor) -> Any:
-        """Run the model on a batch, (batch, C, H, W); returns the model's output."""
-        calls = Counter()
-
-        def after_path(module: nn.Module, _: tuple, output: Any) -> None:
-            key: Any = (module, calls[module])
-            calls[module] += 1
-            if key in self._path_names:
-                self._keep(self.paths, self._path_names[key], output, len(x))
-
-        def before_block(_: nn.Module, inputs: tuple) -> None:
-            if inputs and not calls[INPUT]:
-                calls[INPUT] += 1
-                self._keep(self.blocks, INPUT, inputs[0], len(x))
-
-        def after_block(name: str, _: nn.Module, __: tuple, output: Any) -> None:
-            call = f"#{calls[name]}" if calls[name] else ""
-            calls[name] += 1
-            self._keep(self.blocks, name + call, output, len(x))
-
-        shared = {module for module, _ in self._path_names}
-        hooks = [module.register_forward_hook(after_path) for module in shared]
-        for name, module in self._modules.items():
-            if self._with_input:
-                hooks.append(module.register_forward_pre_hook(before_block))
-            hooks.append(module.register_forward_hook(partial(after_block, name)))
-        try:
-            return self._model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._seen += len(x)
-
-    def _keep(self, kept: dict[str, Tensor], name: str, output: Any, batch: int) -> None:
+    def keep(kind: str, name: str, output: Any) -> None:
         while isinstance(output, tuple | list) and output:
             output = output[0]
-        pooled = None
-        if isinstance(output, Tensor) and name not in self.skipped:
-            pooled = pool_features(output.detach(), batch, self._pool)
-        if pooled is not None and name not in kept:
-            kept[name] = torch.empty(self._samples, pooled.shape[1])
-        if pooled is None or kept[name].shape[1] != pooled.shape[1]:
-            self.skipped.add(name)
-            kept.pop(name, None)
-            return
-        kept[name][self._seen : self._seen + batch] = pooled
+        pooled = pool_features(output, len(x), pool) if isinstance(output, Tensor) else None
+        features[kind, name] = pooled
+
+    def before(_: nn.Module, inputs: tuple) -> None:
+        if inputs and ("blocks", INPUT) not in features:
+            keep("blocks", INPUT, inputs[0])
+
+    def after(module: nn.Module, _: tuple, output: Any) -> None:
+        call, calls[module] = calls[module], calls[module] + 1
+        if (module, call) in path_names:
+            keep("paths", path_names[module, call], output)
+        if module in block_names:
+            keep("blocks", block_names[module] + (f"#{call}" if call else ""), output)
+
+    with ExitStack() as hooks, torch.no_grad():
+        for module in {*block_names, *(path.module for path in paths)}:
+            hooks.enter_context(module.register_forward_hook(after))
+        for module in block_names if with_input else ():
+            hooks.enter_context(module.register_forward_pre_hook(before))
+        return model(x), features
 
 
 def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | None:
@@ -145,7 +104,8 @@ def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | 
             (batch, tokens, channels) or (batch, channels); where samples were cut into windows, a
             multiple of batch first.
         batch: number of samples.
-        pool: "mean", "max" or "first".
+        pool: how the positions become one value a channel: "mean", "max", or "first" (the class
+            token where there is one).
 
     Returns:
         (batch, channels), or None where the first dimension does not count samples.
@@ -175,12 +135,8 @@ def dropped(model: nn.Module, path: Path) -> Iterator[None]:
         # A full-size tensor of its own: many blocks add the shortcut in place.
         return torch.zeros_like(output) if calls[path] == path.call + 1 else None
 
-    hooks = [
+    with (
         model.register_forward_pre_hook(lambda *_: calls.clear()),
         path.module.register_forward_hook(drop),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

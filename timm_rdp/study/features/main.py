@@ -2,56 +2,26 @@
 
 import argparse
 import statistics
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from timm_rdp.args import Parser, show_defaults
 from timm_rdp.errors import UsageError, refused_with, report
-from timm_rdp.study.features.images import MIN_IMAGES, Images
-from timm_rdp.study.features.layers import POOLS, Recorder, choose, dropped
-from timm_rdp.study.features.models import Source, build, read_source, trace
-from timm_rdp.study.features.similarity import (
-    cka_matrix,
-    cosine_matrix,
-    effective_rank,
-    rebounds,
-    revisit_score,
-)
-from timm_rdp.study.figures import (
-    check_matplotlib,
-    lines_per_layer,
-    path_importance,
-    save,
-    similarity_grid,
-    write_csv,
-)
-from timm_rdp.study.options import Parser, at_least
-from timm_rdp.training.files import check_output
+from timm_rdp.study import figures
+from timm_rdp.study.features import layers, models, similarity
+from timm_rdp.study.options import at_least, check_installed, check_output
+from timm_rdp.training.flags import COUNT, SEED
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6
-# How a checkpoint's images were prepared, as timm's data config calls it.
-DATA_SETTINGS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-
-
-@dataclass
-class Layers:
-    """What was measured of a network's layers of one kind, in forward order."""
-
-    names: list[str]
-    width: list[int]
-    cka: Tensor  # (layers, layers)
-    cosine: Tensor  # (layers, layers)
-    rank: Tensor  # (layers,)
 
 
 @dataclass
@@ -59,66 +29,68 @@ class Network:
     """What was measured of one network."""
 
     label: str
-    kinds: dict[str, Layers] = field(default_factory=dict)  # by a key of KINDS
-    loss: float | None = None  # None where it has not the images' classes
-    accuracy: float | None = None
-    # {path: (loss without it, accuracy without it, rise of the loss)}
-    importance: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    skipped: set[str] = field(default_factory=set)
+    kinds: dict[str, dict[str, Any]]  # by a key of KINDS: what `_measure` returns
+    loss: float | None  # None where it has not the images' classes
+    accuracy: float | None
+    importance: dict[str, tuple[float, float, float]]  # by path: loss, accuracy, rise of the loss
+    skipped: set[str]  # layers whose output is no feature per image
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp features",
         description="Layer similarity (CKA, cosine), revisit score, effective rank and path "
         "importance of a timm model, for one or more checkpoints side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    count = at_least(1)
-    add("--model", required=True, help="timm's name of the model")
+    add("--model", required=True, metavar="NAME", help="name of a timm model")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
     one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
-    add("--data-dir", metavar="DIR", help="images, as for training; without it the demo's digits")
+    add("--data-dir", metavar="DIR", help="images, as for training (default: the demo's digits)")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
     images = "validation images to use at most"
-    add("--num-images", type=at_least(MIN_IMAGES), default=256, help=images)
-    seed = "of their choice, and of weights that are random"
-    add("--seed", type=at_least(0), default=0, help=seed)
-    add("--batch-size", type=count, default=32, help="images at a time")
+    add("--num-images", type=at_least(models.MIN_IMAGES), default=256, help=images)
+    seed = "of their choice, and of weights that are random (default: 0)"
+    add("--seed", type=SEED, default=0, help=seed)
+    add("--batch-size", type=COUNT, default=32, help="images at a time")
     add("--layers", nargs="+", metavar="NAME", help="only these paths and modules; * is any text")
-    add("--pool", choices=POOLS, default="mean", help="positions of a layer to one value a channel")
+    add(
+        "--pool",
+        choices=layers.POOLS,
+        default="mean",
+        help="positions of a layer to one value a channel",
+    )
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
-    unless = ", where the checkpoint does not say"
-    add("--num-classes", type=count, help=f"the model's outputs{unless}")
-    add("--img-size", type=count, help=f"image size{unless}")
-    add("--in-chans", type=count, help=f"image channels{unless}")
-    add("--device", help="the best there is, unless given")
-    return parser
+    outputs = "the model's outputs (default: the checkpoint's, else the images')"
+    add("--num-classes", type=COUNT, help=outputs)
+    add("--img-size", type=COUNT, help="image size (default: the checkpoint's, else the model's)")
+    add("--in-chans", type=COUNT, help="image channels (default: the checkpoint's, else 3)")
+    add("--device", help="default: the best there is")
+    return show_defaults(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp features`; returns its exit status."""
     try:
         args = _parser().parse_args(argv)
-        check_matplotlib()
+        check_installed("matplotlib")
         output = check_output(args.output)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with refused_with(f"--device {device}"):
             torch.empty(0, device=device)
-        images = Images(args.data_dir, args.num_images, args.seed)
-        networks = [observe(args, images, source, device) for source in read_sources(args)]
-        write(args, output, images, networks)
+        images, classes = models.choose_images(args.data_dir, args.num_images, args.seed)
+        networks = [observe(args, images, classes, own, device) for own in read_sources(args)]
+        write(args, output, f"{len(images)} validation images of {classes} classes", networks)
     except UsageError as error:
         return report(error)
     return 0
 
 
-def read_sources(args: argparse.Namespace) -> list[Source]:
+def read_sources(args: argparse.Namespace) -> list[models.Source]:
     """The networks to compare: a checkpoint each, or the one without."""
     files, labels = args.checkpoint, args.label
     if len(files) > MAX_CHECKPOINTS:
@@ -127,125 +99,137 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         raise UsageError(f"--label: {len(labels)} names, {max(1, len(files))} needed; one each")
     if not files:
         untrained = f"untrained (seed {args.seed})"
-        return [Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
-    labels = labels or short_names(files)
+        return [models.Source((labels or ["pretrained" if args.pretrained else untrained])[0])]
+    # By file, or else by folder, where that tells them apart.
+    for name_of in (lambda path: path.name, lambda path: path.parent.name, str):
+        names = [name_of(Path(file)) for file in files]
+        if len(set(names)) == len(files):
+            break
     return [
-        read_source(path, args.model, args.use_ema, label)
-        for path, label in zip(files, labels, strict=True)
+        models.read_source(path, args.model, args.use_ema, label)
+        for path, label in zip(files, labels or names, strict=True)
     ]
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """Paths without what they have in common at both ends; the file's name where there is one."""
-    parts = [path.split("/") for path in paths]
-    if len(paths) == 1:
-        return [parts[0][-1]]
-    while all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
-        parts = [p[1:] for p in parts]
-    while all(len(p) > 1 and p[-1] == parts[0][-1] for p in parts):
-        parts = [p[:-1] for p in parts]
-    return ["/".join(p) for p in parts]
-
-
 @torch.no_grad()
-def observe(args: argparse.Namespace, images: Images, source: Source, device: str) -> Network:
+def observe(
+    args: argparse.Namespace, images: Subset, classes: int, source: models.Source, device: str
+) -> Network:
     """Pass the images through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
-    model, sizes = build(args, source, images.classes)
-    known = {k: v for k, v in source.settings.items() if k in DATA_SETTINGS and v is not None}
-    data = resolve_data_config({**sizes, **known}, model=model)
-    paths, modules = choose(model, trace(args.model, model, data["input_size"]), args.layers)
-    outputs = getattr(model, "num_classes", images.classes)
-    if not args.no_importance and outputs != images.classes:
+    model, data, mode = models.build(args, source, classes)
+    every_path = models.find_paths(args.model, model, data["input_size"])
+    paths, modules = layers.choose(model, every_path, args.layers)
+    outputs = getattr(model, "num_classes", classes)
+    if not args.no_importance and outputs != classes:
         raise UsageError(
-            f"{source.label} tells {outputs} classes apart, the images have {images.classes}: path "
+            f"{source.label} tells {outputs} classes apart, the images have {classes}: path "
             "importance needs its own classes; give --data-dir with those, or --no-importance"
         )
     model.to(device)
     dropping = [] if args.no_importance else paths
-    # Sums by dropped path, "" where none is.
-    losses: dict[str, float] = defaultdict(float)
-    correct: dict[str, float] = defaultdict(float)
+    features: dict[tuple[str, str], Tensor] = {}  # by a key of KINDS and the layer's name
+    skipped: set[str] = set()
+    sums: dict[str, Tensor] = {}  # of losses and of right answers, by dropped path, "" for none
 
     def add_up(name: str, logits: Any, y: Tensor) -> None:
         if isinstance(logits, tuple | list):  # distilled models: one output a head
             logits = torch.stack(list(logits)).mean(0)
-        if outputs == images.classes:
-            losses[name] += F.cross_entropy(logits.float(), y, reduction="sum").item()
-            correct[name] += int((logits.argmax(1) == y).sum())
+        if outputs == classes:
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            both = torch.stack([loss, (logits.argmax(1) == y).sum()]).double().cpu()
+            sums[name] = sums.get(name, 0) + both
         bar.update(len(y))
 
-    transform: Any = create_transform(**data)
-    recorder = Recorder(model, paths, modules, len(images), args.pool, with_input=not args.layers)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
-    bar = tqdm(total=len(images) * (1 + len(dropping)), unit="image", desc=source.label)
-    with bar:
-        for x, y in images.batches(args.batch_size, transform, mode):
+    dataset: Any = images.dataset
+    dataset.transform, dataset.input_img_mode = create_transform(**data), mode
+    count = len(images)
+    with tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label) as bar:
+        for i, (x, y) in enumerate(DataLoader(images, args.batch_size)):
             x, y = x.to(device), y.to(device)
-            add_up("", recorder(x), y)
+            logits, found = layers.run_observed(
+                model, x, paths, modules, args.pool, not args.layers
+            )
+            add_up("", logits, y)
+            skipped |= {name for (_, name), pooled in found.items() if pooled is None}
+            for key, pooled in found.items():
+                if pooled is not None:
+                    # Once per layer: small tensors kept batch by batch would pin the heap between
+                    # the big ones that are freed.
+                    if key not in features:
+                        features[key] = torch.empty(count, pooled.shape[1])
+                    features[key][i * args.batch_size :][: len(x)] = pooled
             for path in dropping:
-                with dropped(model, path):
+                with layers.dropped(model, path):
                     add_up(path.name, model(x), y)
-    network = Network(source.label, skipped=recorder.skipped)
-    mean = {name: (losses[name] / len(images), correct[name] / len(images)) for name in losses}
-    if mean:
-        network.loss, network.accuracy = mean.pop("")
-        network.importance = {name: (*v, v[0] - network.loss) for name, v in mean.items()}
+    means = {name: (total / count).tolist() for name, total in sums.items()}
+    loss, accuracy = means.pop("", (None, None))
+    importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
+    kinds = {}
     for kind in KINDS:
-        if features := getattr(recorder, kind):
-            network.kinds[kind] = _measure(source.label, features, args.cka == "unbiased")
-    return network
+        own = {n: f for (k, n), f in features.items() if k == kind and n not in skipped}
+        if own:
+            kinds[kind] = _measure(source.label, own, args.cka == "unbiased")
+    return Network(source.label, kinds, loss, accuracy, importance, skipped)
 
 
-def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> Layers:
+def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[str, Any]:
+    """Names, widths, CKA and cosines (layers, layers) and effective ranks, in forward order."""
     for name, layer in features.items():
         if not layer.isfinite().all():
             raise UsageError(
                 f"{label}: features of {name} are not finite; the weights have diverged, "
                 "use another checkpoint"
             )
-    layers = list(features.values())
-    return Layers(
-        names=list(features),
-        width=[layer.shape[1] for layer in layers],
-        cka=cka_matrix(layers, unbiased),
-        cosine=cosine_matrix(layers),
-        rank=torch.tensor([effective_rank(layer) for layer in layers]),
-    )
+    own = list(features.values())
+    found = {"names": list(features), "widths": [layer.shape[1] for layer in own]}
+    matrices = {
+        "cka": similarity.cka_matrix(own, unbiased),
+        "cosine": similarity.cosine_matrix(own),
+    }
+    return found | matrices | {"ranks": [similarity.effective_rank(layer) for layer in own]}
 
 
-def write(args: argparse.Namespace, output: Path, images: Images, networks: list[Network]) -> None:
-    """Figures, tables, summary."""
+def write(args: argparse.Namespace, output: Path, images: str, networks: list[Network]) -> None:
+    """Figures, tables, summary; `images` says what was passed through the networks."""
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
     kinds = {kind: [n.kinds[kind] for n in networks] for kind in networks[0].kinds}
-    grid = [(KINDS[kind], 0, [own.cka for own in layers]) for kind, layers in kinds.items()]
-    title = f"Layer similarity in {args.model}, {len(images)} images"
-    figure = similarity_grid(grid, labels, "similarity (linear CKA)", title)
-    save(figure, output / "similarity.png")
-    ranks = [(KINDS[kind], [own.rank for own in layers]) for kind, layers in kinds.items()]
-    title = f"Dimensions that the features of {args.model} use"
-    figure = lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
-    save(figure, output / "rank.png")
-    write_csv(
-        output / "similarity.csv",
+    grid = [(KINDS[kind], 0, [own["cka"] for own in each]) for kind, each in kinds.items()]
+    title = f"Layer similarity in {args.model}, {images}"
+    figures.write_figure(
+        output / "similarity",
+        figures.similarity_grid(grid, labels, "similarity (linear CKA)", title),
         ("network", "layers", "number", "name", "other_number", "other_name", "cka", "cosine"),
         (
-            (n.label, kind, i, a, j, b, f"{own.cka[i, j]:.6f}", f"{own.cosine[i, j]:.6f}")
+            (n.label, kind, i, a, j, b, f"{own['cka'][i, j]:.6f}", f"{own['cosine'][i, j]:.6f}")
             for n in networks
             for kind, own in n.kinds.items()
-            for i, a in enumerate(own.names)
-            for j, b in enumerate(own.names)
+            for i, a in enumerate(own["names"])
+            for j, b in enumerate(own["names"])
         ),
     )
+    ranks = [
+        (KINDS[kind], [torch.tensor(own["ranks"]) for own in each]) for kind, each in kinds.items()
+    ]
+    title = f"Dimensions that the features of {args.model} use"
+    what = "effective rank (dimensions)"
+    figures.lines_per_layer(ranks, labels, what, title).savefig(output / "rank.png")
+    rows = []
+    for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
+        climbs = similarity.rebounds(own["cka"]).tolist() if len(own["names"]) > 2 else []
+        climbs = [*(f"{climb:.6f}" for climb in climbs), "", ""]
+        for i, (name, width, climb) in enumerate(
+            zip(own["names"], own["widths"], climbs, strict=False)
+        ):
+            rows.append((network.label, kind, i, name, width, f"{own['ranks'][i]:.4f}", climb))
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
-    write_csv(output / "layers.csv", header, (row for n in networks for row in _layer_rows(n)))
-    if networks[0].importance:
-        names = list(networks[0].importance)
+    figures.write_csv(output / "layers.csv", header, rows)
+    if names := list(networks[0].importance):
         rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
-        save(path_importance(names, rises, labels), output / "importance.png")
-        write_csv(
-            output / "importance.csv",
+        figures.write_figure(
+            output / "importance",
+            figures.path_importance(names, rises, labels),
             ("network", "path", "loss", "accuracy", "loss_rise"),
             (
                 (n.label, path, *(f"{value:.6f}" for value in values))
@@ -259,19 +243,11 @@ def write(args: argparse.Namespace, output: Path, images: Images, networks: list
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def _layer_rows(network: Network) -> Iterator[tuple]:
-    for kind, own in network.kinds.items():
-        climbs = rebounds(own.cka).tolist() if len(own.names) > 2 else []
-        for i, name in enumerate(own.names):
-            climb = f"{climbs[i]:.6f}" if i < len(climbs) else ""
-            yield network.label, kind, i, name, own.width[i], f"{own.rank[i]:.4f}", climb
-
-
-def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -> str:
+def summary(args: argparse.Namespace, images: str, networks: list[Network]) -> str:
     """What was measured, as plain text."""
+    folder = f"--data-dir {args.data_dir}" if args.data_dir else "the demo (handwritten digits)"
     lines = [
-        f"{args.model}: {len(images)} validation images of {images.classes} classes from "
-        f"{'--data-dir ' + args.data_dir if args.data_dir else 'the demo (handwritten digits)'}",
+        f"{args.model}: {images} from {folder}",
         f"CKA: linear, {args.cka}; positions pooled: {args.pool}; revisit score: 0 where features "
         "only stay or drift away, 1 where all are lost and come back",
     ]
@@ -281,11 +257,11 @@ def summary(args: argparse.Namespace, images: Images, networks: list[Network]) -
             lines.append(f"  loss {network.loss:.4f}, top-1 {network.accuracy:.2%}")
         for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
-            if len(own.names) > 2:
-                cka, cosine = revisit_score(own.cka), revisit_score(own.cosine)
+            if len(own["names"]) > 2:
+                cka, cosine = map(similarity.revisit_score, (own["cka"], own["cosine"]))
                 score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
-            rank = statistics.mean(own.rank.tolist())
-            what = f"{len(own.names)} {KINDS[kind]}: revisit score {score}"
+            rank = statistics.mean(own["ranks"])
+            what = f"{len(own['names'])} {KINDS[kind]}: revisit score {score}"
             lines.append(f"  {what}; mean effective rank {rank:.1f}")
         if network.importance:
             rises = {path: rise for path, (*_, rise) in network.importance.items()}

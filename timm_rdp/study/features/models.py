@@ -1,4 +1,4 @@
-"""Models by name and checkpoint, for `timm-rdp features`."""
+"""Models by name and checkpoint, and images to pass through them, for `timm-rdp features`."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,17 +6,57 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from PIL import Image
+from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
-from timm.models import clean_state_dict, get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
+from torch.utils.data import Subset
 
 import timm_rdp
-from timm_rdp.errors import UsageError, one_line, refused_with
-from timm_rdp.study.options import refused_model
-from timm_rdp.training.checkpoint import read_checkpoint
-from timm_rdp.training.inputs import img_size_kwargs
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.training.checkpoint import check_fit, read_checkpoint, weights_of
+from timm_rdp.training.dataset import make_dataset, prepare_demo
+from timm_rdp.training.flags import build_parser
+from timm_rdp.training.model import build_model
+
+# Fewer images than this say more about themselves than about the layers.
+MIN_IMAGES = 16
+# What a checkpoint's model and images are rebuilt from, as its training options call it.
+AS_TRAINED = (
+    *("model_kwargs", "gp", "num_classes", "img_size", "in_chans", "input_size"),
+    *("mean", "std", "crop_pct", "crop_mode", "interpolation"),
+)
+
+
+def choose_images(folder: str | None, count: int, seed: int) -> tuple[Subset, int]:
+    """Some of a folder's validation images, drawn with a seed, and how many classes it has.
+
+    Args:
+        folder: as for training, with a `validation` or `val` folder of class folders, or class
+            folders themselves; None for the demo's digits.
+        count: how many images to take at most.
+
+    Raises:
+        UsageError: no such folder, no validation split, or too few images.
+    """
+    root = folder or str(prepare_demo())
+    args = {"dataset": "", "data_dir": root, "class_map": "", "input_key": None}
+    dataset = make_dataset(argparse.Namespace(val_split="validation", **args), "RGB", False)
+    if Path(root, "train").is_dir() and Path(dataset.reader.root) == Path(root):
+        raise UsageError(
+            f"--data-dir {root} has train/ but no validation/ folder; add one, or give a folder "
+            "that has class folders only"
+        )
+    if len(dataset) < MIN_IMAGES:
+        raise UsageError(
+            f"--data-dir {root} has {len(dataset)} validation images: too few to compare layers "
+            f"(CKA); give {MIN_IMAGES} or more"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    images = Subset(dataset, order[:count].sort().values.tolist())
+    return images, len(dataset.reader.class_to_idx)
 
 
 @dataclass
@@ -32,121 +72,94 @@ class Source:
 def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
     """Read a checkpoint of `train_rdp.py`, of timm's script, or of bare weights.
 
-    Args:
-        path: .pth, .pth.tar, .pt or .safetensors. Nothing in it is executed.
-        model: the model that it is expected to be of.
-        use_ema: take the averaged weights.
-        label: what the figures call it.
+    Nothing in it is executed. `model` is what it is expected to be of.
 
     Raises:
         UsageError: missing, unreadable, without weights, or of another model.
     """
+    what = f"--checkpoint {path}"
     if Path(path).suffix == ".safetensors":
-        with refused_with(f"--checkpoint {path}: cannot be read"):
+        with refused_with(f"{what}: cannot be read"):
             return Source(label, path, load_state_dict(path))
     # Left on disk until used: optimizer state is never read.
     content = read_checkpoint(path, "--checkpoint", mmap=True)
-    if not isinstance(content, Mapping):
-        raise UsageError(f"--checkpoint {path}: holds no weights; use a training run's checkpoint")
-    settings = content.get("args") or {}
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
-    trained = settings.get("model") or content.get("arch")
+    known = content if isinstance(content, Mapping) else {}
+    if use_ema:
+        content = known.get("state_dict_ema") or known.get("model_ema")
+        if not content:
+            raise UsageError(f"{what}: holds no EMA weights; leave --use-ema out")
+    weights = weights_of(content, what)[1]
+    settings = known.get("args") or {}
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else settings
+    trained = settings.get("model") or known.get("arch")
     if isinstance(trained, str) and trained.split(".")[0] != model.split(".")[0]:
         raise UsageError(
-            f"--checkpoint {path}: is of {trained}, not of --model {model}; "
-            f"give --model {trained} or another checkpoint"
-        )
-    keys = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")
-    key = next((k for k in keys if isinstance(content.get(k), Mapping)), None)
-    if use_ema and key is None:
-        raise UsageError(f"--checkpoint {path}: holds no EMA weights; leave --use-ema out")
-    weights = clean_state_dict(dict(content[key] if key else content))
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise UsageError(
-            f"--checkpoint {path}: holds no weights (no 'state_dict' of tensors); "
-            "use a training run's checkpoint"
+            f"{what}: is of {trained}, not of --model {model}; give --model {trained} or another "
+            "checkpoint"
         )
     return Source(label, path, weights, settings)
 
 
-def class_count(source: Source, model: str, asked: int | None, of_data: int) -> int:
-    """How many outputs to build the model with: as asked, as trained, or as the data have."""
-    known = asked or source.settings.get("num_classes")
-    if known:
-        return known
-    classifier = getattr(get_pretrained_cfg(model), "classifier", None) or ()
-    for name in (classifier,) if isinstance(classifier, str) else classifier:
-        if source.weights and f"{name}.weight" in source.weights:
-            return len(source.weights[f"{name}.weight"])
-    return of_data
-
-
 def build(
     args: argparse.Namespace, source: Source, classes: int
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Create a model in eval mode, with a DropPath on every path, and load the source's weights.
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """Create a model in eval mode and load the source's weights.
 
     Args:
         args: model, pretrained, and num_classes, img_size and in_chans, which count before what the
             checkpoint was trained with.
         source: its weights; random, or timm's with `args.pretrained`, where it has none.
-        classes: how many the images have.
+        classes: of the images.
 
     Returns:
-        the model, and what timm's data config needs to know of its images
+        the model, timm's data config and PIL's mode of its images
 
     Raises:
-        UsageError: timm cannot build it so, it takes no drop path rate, or the weights do not fit.
+        UsageError: timm cannot build it, weights do not fit, or no images have so many channels.
     """
+    options = vars(build_parser().parse_args([])) | {"rank": 0, "distributed": False}
     trained = source.settings
-    sizes = {name: getattr(args, name) or trained.get(name) for name in ("img_size", "in_chans")}
-    sizes["input_size"] = None if args.img_size else trained.get("input_size")
-    outputs = None
-    if not args.pretrained or args.num_classes:
-        outputs = class_count(source, args.model, args.num_classes, classes)
-    kwargs = dict(trained.get("model_kwargs") or {})
-    with refused_model(args.model):
-        asked = argparse.Namespace(model=args.model, model_kwargs=kwargs, **sizes)
-        # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
-        model = timm.create_model(
-            args.model,
-            pretrained=args.pretrained,
-            num_classes=outputs,
-            in_chans=sizes["in_chans"] or (sizes["input_size"] or [3])[0],
-            global_pool=trained.get("gp"),
-            drop_path_rate=0.1,
-            **kwargs | img_size_kwargs(asked),
-        )
+    options |= {name: trained[name] for name in AS_TRAINED if trained.get(name) is not None}
+    if args.img_size:
+        options["input_size"] = None
+    asked = ("model", "pretrained", "num_classes", "img_size", "in_chans")
+    options |= {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
+    if not (options["num_classes"] or args.pretrained):  # as the weights have, else as the images
+        classifier = getattr(get_pretrained_cfg(args.model), "classifier", None) or ()
+        layers = (classifier,) if isinstance(classifier, str) else classifier
+        weights = [source.weights.get(f"{layer}.weight", ()) for layer in layers if source.weights]
+        options["num_classes"] = max(map(len, weights), default=0) or classes
+    # The rate counts for nothing in eval mode, but timm makes no DropPath without one.
+    options["drop_path"] = 0.1
+    model, data = build_model(argparse.Namespace(**options), torch.device("cpu"), None)
     if source.weights is not None:
-        try:
-            model.load_state_dict(source.weights)
-        except RuntimeError as error:  # it lists all names
-            raise UsageError(
-                f"--checkpoint {source.path}: does not fit --model {args.model} with these "
-                f"--num-classes and --img-size: {one_line(error)[:300]}"
-            ) from error
-        source.weights = None
-    fill_drop_path_slots(model)
-    return model.eval(), sizes
+        check_fit(model, source.weights, f"--checkpoint {source.path}", args.model)
+        model.load_state_dict(source.weights)
+    channels = options["in_chans"] or (options["input_size"] or [3])[0]
+    data["input_size"] = (channels, *data["input_size"][1:])
+    data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
+    mode = trained.get("input_img_mode") or {1: "L", 4: "RGBA"}.get(channels, "RGB")
+    if len(Image.new(mode, (1, 1)).getbands()) != channels:
+        raise UsageError(
+            f"--in-chans {channels}: images have 1, 3 or 4 channels; give one of these"
+        )
+    return model.eval(), data, mode
 
 
-def fill_drop_path_slots(model: nn.Module) -> None:
-    """Give a DropPath to blocks whose own rate is 0: timm leaves an Identity in its place there."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if name.startswith("drop_path") and type(child) is nn.Identity:
-                setattr(module, name, DropPath(0.1))
+def find_paths(name: str, model: nn.Module, size: tuple) -> tuple[timm_rdp.Path, ...]:
+    """The residual paths of a model for images of a size (C, H, W), in call order.
 
-
-def trace(name: str, model: nn.Module, size: tuple[int, int, int]) -> tuple[timm_rdp.Path, ...]:
-    """The model's residual paths, in call order; its images have the size (C, H, W).
+    Blocks whose rate is 0 get a DropPath too: timm leaves an Identity in its place there.
 
     Raises:
         UsageError: it has none.
     """
-    with refused_model(name):
+    for module in list(model.modules()):
+        for slot, child in module.named_children():
+            if slot.startswith("drop_path") and type(child) is nn.Identity:
+                setattr(module, slot, DropPath(0.1))
+    with refused_with(f"--model {name}"):
         rdp = timm_rdp.ResidualDropPath(model, example_input=torch.zeros(2, *size))
-    paths = rdp.paths
     rdp.detach()
     model.eval()
-    return paths
+    return rdp.paths

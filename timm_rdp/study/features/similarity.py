@@ -1,5 +1,7 @@
 """How alike two layers are, and how often a network comes back to features that it had left."""
 
+from itertools import combinations_with_replacement
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,7 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
     Args:
         layers: one (samples, width) tensor a layer, the same samples in the same order.
         unbiased: estimate HSIC without the bias that few samples and wide layers cause (Song et
-            al. 2012); it needs 4 samples and may come out slightly below 0. The plain estimate
-            lies in [0, 1].
+            al. 2012): needs 4 samples, may come out slightly below 0. Else it lies in [0, 1].
 
     Raises:
         ValueError: too few samples.
@@ -20,14 +21,19 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
     Source: Kornblith et al. 2019, arXiv 1905.00414. A layer that does not vary over the samples has
     no direction to compare: its CKA with any layer is 0.
     """
-    samples, needed = len(layers[0]), 4 if unbiased else 2
-    if samples < needed:
-        raise ValueError(f"CKA needs at least {needed} samples, not {samples}")
+    n, needed = len(layers[0]), 4 if unbiased else 2
+    if n < needed:
+        raise ValueError(f"CKA needs at least {needed} samples, not {n}")
     rows = [_prepare(layer) for layer in layers]
     hsic = torch.empty(len(rows), len(rows), dtype=torch.float64)
-    for i, x in enumerate(rows):
-        for j in range(i, len(rows)):
-            hsic[i, j] = hsic[j, i] = _hsic(x, rows[j], unbiased)
+    for (i, x), (j, y) in combinations_with_replacement(enumerate(rows), 2):
+        value = (x.T @ y).square().sum()
+        if unbiased:
+            # Song et al. 2012, eq. 5, for Gram matrices without their diagonals, never formed: of
+            # their row sums only the removed diagonal is left, since centred rows sum to zero.
+            kx, ky = x.square().sum(1), y.square().sum(1)
+            value += kx.sum() * ky.sum() / ((n - 1) * (n - 2)) - kx @ ky * (1 + 2 / (n - 2))
+        hsic[i, j] = hsic[j, i] = value  # up to a factor that depends on n only
     own = hsic.diagonal().clamp(min=0)
     norm = (own[:, None] * own[None, :]).sqrt()
     return torch.where(norm > 0, hsic / norm, 0.0).clamp(max=1.0)
@@ -48,19 +54,6 @@ def _prepare(layer: Tensor) -> Tensor:
     return x
 
 
-def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
-    """HSIC of two centred layers, up to a factor that depends on the number of samples only."""
-    cross = (x.T @ y).square().sum()
-    if not unbiased:
-        return cross
-    # Song et al. 2012, eq. 5, for Gram matrices without their diagonals, never formed.
-    n = len(x)
-    kx, ky = x.square().sum(1), y.square().sum(1)
-    trace = cross - kx @ ky
-    # Row sums: centred rows sum to zero, so only the removed diagonal is left.
-    return trace + kx.sum() * ky.sum() / ((n - 1) * (n - 2)) - 2 * (kx @ ky) / (n - 2)
-
-
 def cosine_matrix(layers: list[Tensor]) -> Tensor:
     """Cosine similarity between all pairs of layers, mean over samples: (layers, layers), float64.
 
@@ -69,11 +62,9 @@ def cosine_matrix(layers: list[Tensor]) -> Tensor:
             cosine: NaN.
     """
     out = torch.full((len(layers), len(layers)), float("nan"), dtype=torch.float64)
-    for i, x in enumerate(layers):
-        for j, y in enumerate(layers[: i + 1]):
-            if y.shape == x.shape:
-                cosine = F.cosine_similarity(x.double(), y.double(), dim=1)
-                out[i, j] = out[j, i] = cosine.mean()
+    for (i, x), (j, y) in combinations_with_replacement(enumerate(layers), 2):
+        if y.shape == x.shape:
+            out[i, j] = out[j, i] = F.cosine_similarity(x.double(), y.double(), dim=1).mean()
     return out
 
 
@@ -85,8 +76,7 @@ def rebounds(similarity: Tensor) -> Tensor:
     where it does not.
 
     Args:
-        similarity: (layers, layers), row i holding the similarity of layer i to every layer, in
-            forward order. NaN (not comparable) is passed over.
+        similarity: (layers, layers), in forward order. NaN (not comparable) is passed over.
 
     Returns:
         (layers - 2,): the last two layers have no layer to fall and rise over.
@@ -106,11 +96,10 @@ def rebounds(similarity: Tensor) -> Tensor:
 
 
 def revisit_score(similarity: Tensor) -> float:
-    """The revisit score: how much similarity rises again after having fallen, mean over layers.
+    """The revisit score: how much similarity rises again after having fallen, mean of `rebounds`.
 
     For similarities in [0, 1] it lies in [0, 1] (in [0, 2] for cosines): 0 exactly where features
-    stay, or only drift away from every layer; 1 where every layer's features are lost completely
-    and then come back completely. Arguments and errors: see `rebounds`.
+    stay, or only drift away from every layer; 1 where all are lost and come back completely.
     """
     return rebounds(similarity).mean().item()
 
@@ -118,11 +107,8 @@ def revisit_score(similarity: Tensor) -> float:
 def effective_rank(layer: Tensor) -> float:
     """Effective rank of a layer's centred features: in [1, min(samples - 1, width)], 0 if constant.
 
-    Args:
-        layer: features, (samples, width).
-
-    Source: Roy and Vetterli 2007: the exponential of the entropy of the singular values divided by
-    their sum.
+    The layer is (samples, width). Source: Roy and Vetterli 2007: the exponential of the entropy of
+    the singular values divided by their sum.
     """
     values = torch.linalg.svdvals(_prepare(layer))
     if values.sum() == 0:

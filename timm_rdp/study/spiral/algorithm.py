@@ -1,192 +1,136 @@
 """Fig. 5 of the paper: a cycle's stages, drawn from a real mask of a real model."""
 
-import textwrap
-from dataclasses import dataclass
+from collections import Counter
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import timm
+from timm_rdp import ResidualDropPath
+from timm_rdp.errors import UsageError, refused_with
+from timm_rdp.study import figures
+from timm_rdp.training.model import create_model
 
-import timm_rdp
-from timm_rdp.errors import UsageError
-from timm_rdp.study.figures import BLUE, new_figure
-from timm_rdp.study.options import refused_model
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-PER_LINE = 24
 # What a path does in a stage, in the legend's words.
 RUNS, TRAINED, FROZEN = "runs", "runs and is trained", "runs, frozen"
 DROPPED = "dropped: not run, not trained"
 STYLE: dict[str, dict[str, Any]] = {
     RUNS: {"facecolor": "#e3e3e3", "edgecolor": "black"},
-    TRAINED: {"facecolor": BLUE, "edgecolor": "black"},
+    TRAINED: {"facecolor": figures.BLUE, "edgecolor": "black"},
     FROZEN: {"facecolor": "#f4f4f4", "edgecolor": "#6a6a6a", "hatch": "////"},
     DROPPED: {"facecolor": "white", "edgecolor": "#d55e00", "linestyle": "--"},
 }
 
 
-@dataclass
-class PathRow:
-    """One path of the cycle that is drawn."""
-
-    name: str
-    drop_prob: float
-    kept: bool
-    parameters: int  # numbers, not tensors
-    trained_in_complement: int
-
-
-@dataclass
-class CycleOfModel:
-    """What one RDP cycle does to a model."""
-
-    model: str
-    cycle: int
-    rows: list[PathRow]
-    parameters: int
-    trained_in_droppath: int
-    trained_in_complement: int
-
-
-def sample_cycle(name: str, drop_path: float, seed: int) -> CycleOfModel:
+def sample_cycle(name: str, drop_path: float, seed: int) -> dict[str, Any]:
     """Create a timm model and take its first RDP cycle in which a path is dropped.
+
+    Returns:
+        "model", "cycle", "rows" (of each path, as in the table behind the figure), and how many
+        "parameters" there are, "trained_in_droppath" and "trained_in_complement" (elements)
 
     Raises:
         UsageError: unknown model, or one without residual paths.
     """
-    with refused_model(name):
-        model = timm.create_model(name, drop_path_rate=drop_path)
-        rdp = timm_rdp.ResidualDropPath(model, seed=seed)
+    model = create_model(name, drop_path_rate=drop_path)
+    with refused_with(f"--model {name}"):
+        rdp = ResidualDropPath(model, seed=seed)
     size = {n: p.numel() for n, p in model.named_parameters()}
     count = lambda names: sum(size[n] for n in names)
-    droppath = complement = None
+    iterations = []
     for _ in range(10_000):
-        with rdp.iteration() as iteration:  # nothing is trained in it
-            pass
-        if iteration.phase == "complement":
-            complement = iteration
+        iterations.clear()
+        for iteration in rdp.cycle():
+            with iteration:  # nothing is trained in it
+                iterations.append(iteration)
+        if len(iterations) == 2:
             break
-        droppath = iteration
-    if droppath is None or complement is None:
+    else:
         raise UsageError(
             f"--model-drop-path {drop_path}: nothing was dropped in 10000 cycles; give a higher one"
         )
-    return CycleOfModel(
-        model=name,
-        cycle=droppath.cycle,
-        rows=[
-            PathRow(
-                path.name,
-                path.drop_prob,
-                path.name not in droppath.dropped,
-                count(path.parameters),
-                count(complement.trainable.intersection(path.parameters)),
-            )
+    droppath, complement = iterations
+    return {
+        "model": name,
+        "cycle": droppath.cycle,
+        "rows": [
+            {
+                "cycle": droppath.cycle,
+                "name": path.name,
+                "drop_prob": path.drop_prob,
+                "kept": path.name not in droppath.dropped,
+                "parameters": count(path.parameters),
+                "trained_in_complement": count(complement.trainable.intersection(path.parameters)),
+            }
             for path in rdp.paths
         ],
-        parameters=sum(size.values()),
-        trained_in_droppath=count(droppath.trainable),
-        trained_in_complement=count(complement.trainable),
-    )
+        "parameters": sum(size.values()),
+        "trained_in_droppath": count(droppath.trainable),
+        "trained_in_complement": count(complement.trainable),
+    }
 
 
-def draw(cycle: CycleOfModel) -> "Figure":
+def draw(cycle: dict[str, Any]) -> "figures.Figure":
     """Fig. 5: three stages, one box a path, the residual stream below the boxes."""
     from matplotlib.patches import Patch
 
-    names = [row.name for row in cycle.rows]
-    lines = -(-len(names) // PER_LINE)
-    figure = new_figure(
-        height=3 * (0.5 + (0.85 if _names_upright(names) else 1.25) * lines) + 1.2,
-        title=f"One ResidualDroppath cycle on {cycle.model}: the mask of cycle {cycle.cycle}\n"
-        "(a box is a path; the line below is the residual stream, with all that is on no path "
-        "at its ends)",
+    names = [row["name"] for row in cycle["rows"]]
+    # Names of blocks are turned where they would not fit below their paths.
+    paths = Counter(map(_block, names))
+    turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
+    title = (
+        "One ResidualDroppath cycle on {model}: the mask of cycle {cycle}\n(a box is a path; "
+        "the line below is the residual stream, with all that is on no path at its ends)"
     )
-    dropped = sum(not row.kept for row in cycle.rows)
-    share = lambda n: f"{n / 1e6:.2f} of {cycle.parameters / 1e6:.2f} M parameters"
+    figure = figures.new_figure(6.6 if turned else 5.3, title=title.format(**cycle))
+    dropped = sum(not row["kept"] for row in cycle["rows"])
+    share = lambda n: f"{n / 1e6:.2f} of {cycle['parameters'] / 1e6:.2f} M parameters"
     stages = [
         ("Inference: every path runs", [RUNS] * len(names), RUNS),
         (
             f"Droppath iteration: {dropped} of {len(names)} paths dropped, "
-            f"{share(cycle.trained_in_droppath)} trained",
-            [TRAINED if row.kept else DROPPED for row in cycle.rows],
+            f"{share(cycle['trained_in_droppath'])} trained",
+            [TRAINED if row["kept"] else DROPPED for row in cycle["rows"]],
             TRAINED,
         ),
         (
             "Complement iteration: every path runs, only the dropped part is trained, "
-            f"{share(cycle.trained_in_complement)}",
-            [TRAINED if row.trained_in_complement else FROZEN for row in cycle.rows],
+            f"{share(cycle['trained_in_complement'])}",
+            [TRAINED if row["trained_in_complement"] else FROZEN for row in cycle["rows"]],
             FROZEN,
         ),
     ]
     for axes, (title, states, rest) in zip(figure.subplots(3, 1), stages, strict=True):
         axes.set_title(title, fontsize=9.5, loc="left")
-        _stage(axes, names, states, rest)
+        _stage(axes, names, states, rest, turned)
     handles = [Patch(label=state, **style) for state, style in STYLE.items()]
-    look = {"ncols": 4, "fontsize": 8.5, "frameon": False}
-    figure.legend(handles=handles, loc="outside lower center", **look)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
     return figure
-
-
-def _names_upright(names: list[str]) -> bool:
-    """Whether the blocks' names fit below their paths without being turned."""
-    blocks = [_block(name) for name in names]
-    narrowest = min(blocks.count(block) for block in blocks)
-    room = 7 * narrowest * (PER_LINE + 2) / (min(PER_LINE, len(names)) + 2)
-    return all(len(part) <= room for block in blocks for part in _broken(block).split("\n"))
 
 
 def _block(name: str) -> str:
     return name.partition("#")[0].rpartition(".")[0]
 
 
-def _broken(block: str) -> str:
-    """A block's name, broken at its dots."""
-    return "\n".join(textwrap.wrap(block.replace(".", ". "), 8)).replace(" ", "")
-
-
-def _stage(axes: "Axes", names: list[str], states: list[str], rest: str) -> None:
+def _stage(
+    axes: "figures.Axes", names: list[str], states: list[str], rest: str, turned: bool
+) -> None:
     """The network in one stage; `rest` is what everything does that is on no path."""
-    upright = _names_upright(names)
-    pitch = 1.7 if upright else 2.5
-    starts = range(0, len(names), PER_LINE)
-    width = min(PER_LINE, len(names)) + 1.6
-    axes.set(xlim=(-0.6, width), ylim=(-pitch * len(starts) + 1.05, 1.15))
+    end = len(names) + 1
+    axes.set(xlim=(-0.6, end + 0.6), ylim=(-1.45 if turned else -0.65, 1.15))
     axes.axis("off")
-    for line, start in enumerate(starts):
-        y = -pitch * line
-        own = names[start : start + PER_LINE]
-        axes.plot([-0.3, len(own) + 1.3], [y, y], color="black", linewidth=1, zorder=0)
-        if line == 0:
-            _box(axes, 0, y, rest, 0.36)
-        if start == starts[-1]:
-            _box(axes, len(own) + 1, y, rest, 0.36)
-        for i, state in enumerate(states[start : start + PER_LINE], start=1):
+    axes.plot([-0.3, end + 0.3], [0, 0], color="black", linewidth=1, zorder=0)
+    paths = [(x, 0.7, 0.28, state) for x, state in enumerate(states, start=1)]
+    for x, y, half, state in ((0, 0, 0.36, rest), *paths, (end, 0, 0.36, rest)):
+        axes.bar(x, 0.54, 2 * half, y - 0.27, linewidth=1, zorder=2, **STYLE[state])
+        if y:
             wire = {"color": "#bbbbbb" if state == DROPPED else "black", "linewidth": 0.8}
-            axes.plot([i - 0.42, i - 0.42, i + 0.42, i + 0.42], [y, y + 0.7, y + 0.7, y], **wire)
-            axes.plot(i + 0.42, y, "o", color="black", markersize=2.5)
-            _box(axes, i, y + 0.7, state, 0.28)
-        _block_names(axes, own, y, upright)
-
-
-def _box(axes: "Axes", x: float, y: float, state: str, half: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    corner = (x - half, y - 0.27)
-    axes.add_patch(Rectangle(corner, 2 * half, 0.54, linewidth=1, zorder=2, **STYLE[state]))
-    if state == DROPPED:
-        axes.plot(x, y, "x", color=STYLE[DROPPED]["edgecolor"], markersize=7, zorder=3)
-
-
-def _block_names(axes: "Axes", names: list[str], y: float, upright: bool) -> None:
-    """Name the block that each run of paths belongs to, below the stream."""
+            axes.plot([x - 0.42, x - 0.42, x + 0.42, x + 0.42], [0, y, y, 0], zorder=1, **wire)
+            axes.plot(x + 0.42, 0, "o", color="black", markersize=2.5)
+        if state == DROPPED:
+            size = min(7, 160 / end)
+            axes.plot(x, y, "x", color=STYLE[state]["edgecolor"], markersize=size, zorder=3)
     end = 0
-    for block, paths in groupby(names, _block):
-        start, end = end, end + len(list(paths))
-        axes.plot([start + 0.6, end + 0.4], [y - 0.2, y - 0.2], color="#6a6a6a", linewidth=0.8)
-        text = _broken(block) if upright else block[-16:]
-        look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 0 if upright else 90}
-        axes.text((start + end + 1) / 2, y - 0.3, text, **look)
+    for block, own in groupby(names, _block):
+        first, end = end, end + len(list(own))
+        axes.plot([first + 0.6, end + 0.4], [-0.2, -0.2], color="#6a6a6a", linewidth=0.8)
+        look = {"ha": "center", "va": "top", "fontsize": 6, "rotation": 90 * turned}
+        axes.text((first + end + 1) / 2, -0.3, block[-16:], **look)

@@ -1,31 +1,21 @@
 """The figures of `timm-rdp spiral`, each after a caption of the paper (arXiv 2411.09475)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from timm_rdp.study import figures
 from timm_rdp.study.features.similarity import revisit_score
-from timm_rdp.study.figures import (
-    BLUE,
-    GREY,
-    RED,
-    colour_range,
-    heatmap,
-    integer_ticks,
-    new_figure,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from timm_rdp.study.figures import BLUE, GREY, RED, new_figure
 
 FIRST = {"paths": 1, "blocks": 0}  # number of the first layer: 0 is the embedding
 LAYERS = {"paths": "path outputs", "blocks": "after each residual sum"}
 
 
-def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
+def _scatter(axes: "figures.Axes", xy: Tensor, label: Tensor, size: float) -> None:
     for value, colour, marker in ((0, RED, "o"), (1, BLUE, "x")):
         x, y = xy[label == value].T.numpy()
         look = {"c": colour, "marker": marker, "linewidths": size**0.5 / 5}
@@ -33,7 +23,7 @@ def _scatter(axes: "Axes", xy: Tensor, label: Tensor, size: float) -> None:
     axes.set_aspect("equal")
 
 
-def spirals(xy: Tensor, label: Tensor) -> "Figure":
+def spirals(xy: Tensor, label: Tensor) -> "figures.Figure":
     """Fig. 2: the points. xy is (points, 2), label (points,)."""
     figure = new_figure(height=5.2, width=4.8)
     axes = figure.subplots()
@@ -41,8 +31,7 @@ def spirals(xy: Tensor, label: Tensor) -> "Figure":
     axes.set_xlabel("first coordinate (spiral radius = 1)")
     axes.set_ylabel("second coordinate")
     axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -69,13 +58,12 @@ def aligned_planes(layers: list[Tensor], reference: int) -> list[Tensor]:
     return planes
 
 
-def strongest_return(similarity: Tensor, apart: int = 2) -> tuple[int, int, int]:
+def strongest_return(similarity: Tensor) -> tuple[int, int, int]:
     """The layer that is lost and found most clearly: (it, where it is lost, where it is back).
 
-    Args:
-        similarity: (layers, layers).
-        apart: how many layers there must be at least from the first to the last of the three.
+    It is back "several transformations" later: after an eighth of the layers, at least 2.
     """
+    apart = max(2, len(similarity) // 8)
     best, found = -1.0, (0, 0, 0)
     for i in range(len(similarity) - apart):
         s = similarity[i, i:]
@@ -86,21 +74,14 @@ def strongest_return(similarity: Tensor, apart: int = 2) -> tuple[int, int, int]
     return found
 
 
-def several(layers: int) -> int:
-    """How many layers apart a return must be to be shown: "several transformations"."""
-    return max(2, layers // 8)
-
-
-def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str) -> "Figure":
+def distributions(
+    layers: list[Tensor], similarity: Tensor, label: Tensor, kind: str
+) -> "figures.Figure":
     """Fig. 1: the points as every layer sees them; the strongest return is framed.
 
-    Args:
-        layers: (samples, dim) each.
-        similarity: their CKA, (layers, layers).
-        label: classes, (samples,).
-        kind: "paths" or "blocks".
+    `layers` are (samples, dim) each, `similarity` is their CKA, `label` has the classes (samples,).
     """
-    start, lost, back = strongest_return(similarity, several(len(layers)))
+    start, lost, back = strongest_return(similarity)
     first = FIRST[kind]
     rows, columns = -(-len(layers) // 8), 8
     figure = new_figure(
@@ -127,8 +108,8 @@ def distributions(layers: list[Tensor], similarity: Tensor, label: Tensor, kind:
     return figure
 
 
-def similarities(similarity: dict[str, Tensor]) -> "Figure":
-    """Fig. 3: heatmaps of CKA between all pairs of layers, and one row of each as a curve.
+def similarities(similarity: dict[str, Tensor]) -> "figures.Figure":
+    """Fig. 3: heatmaps of CKA, and the row of the layer that returns most strongly as a curve.
 
     Args:
         similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
@@ -138,38 +119,32 @@ def similarities(similarity: dict[str, Tensor]) -> "Figure":
     top, bottom = halves
     maps = top.subplots(1, 2)
     curves = bottom.subplots(1, 2, sharey=True)
-    scale = colour_range(list(similarity.values()))
+    scale = figures.colour_range(list(similarity.values()))
     for (kind, matrix), upper, lower in zip(similarity.items(), maps, curves, strict=True):
         first = FIRST[kind]
-        heatmap(upper, matrix, scale, first)
+        figures.heatmap(upper, matrix, scale, first)
         upper.set(xlabel="layer number", ylabel="layer number")
         score = revisit_score(matrix)
         upper.set_title(f"{LAYERS[kind]}: revisit score {score:.2f}", fontsize=10)
-        _return_curve(lower, matrix, first)
-    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
-    top.suptitle(
-        "Similarity between the layers of the plain network, and where it returns after a fall",
-        fontsize=11,
-    )
-    return figure
 
-
-def _return_curve(axes: "Axes", matrix: Tensor, first: int) -> None:
-    """Similarity of all layers with the one that returns most strongly."""
-    start, lost, back = strongest_return(matrix, several(len(matrix)))
-    numbers = np.arange(len(matrix)) + first
-    axes.plot(numbers, matrix[start].numpy(), color=BLUE, marker="o", markersize=3)
-    axes.axvline(start + first, color=GREY, linestyle=":")
-    if matrix[start, back] - matrix[start, lost] >= 0.05:
+        start, lost, back = strongest_return(matrix)
+        row = matrix[start].numpy()
+        lower.plot(np.arange(len(row)) + first, row, color=BLUE, marker="o", markersize=3)
+        lower.axvline(start + first, color=GREY, linestyle=":")
         for at, text, offset in ((lost, "lost", -17), (back, "back", 9)):
-            point = (at + first, matrix[start, at].item())
-            axes.plot(*point, "s", color=RED, markeredgecolor="black", markersize=8)
-            where = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(text, point, fontsize=8, **where)
-    axes.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
-    axes.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
-    axes.grid(alpha=0.3)
-    integer_ticks(axes, "x", 8)
+            if row[back] - row[lost] >= 0.05:
+                point = (at + first, row[at])
+                lower.plot(*point, "s", color=RED, markeredgecolor="black", markersize=8)
+                where = {"xytext": (0, offset), "textcoords": "offset points", "ha": "center"}
+                lower.annotate(text, point, fontsize=8, **where)
+        lower.set(xlabel="layer number", ylim=(-0.2, 1.25), yticks=(0, 0.5, 1))
+        lower.set_ylabel(f"CKA with layer {start + first}", fontsize=9)
+        lower.grid(alpha=0.3)
+        lower.locator_params("x", nbins=8, integer=True)
+    top.colorbar(maps[0].images[0], ax=maps, label="similarity (linear CKA)", shrink=0.85)
+    title = "Similarity between the layers of the plain network, and where it returns after a fall"
+    top.suptitle(title, fontsize=11)
+    return figure
 
 
 def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
@@ -184,16 +159,12 @@ def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tens
         of the node's mean in that layer (the outermost take what lies beyond), so that shapes are
         compared and scale is not, as in CKA. A node that is constant has empty bins.
     """
-    out = torch.zeros(len(layers), layers[0].shape[1], 2, bins)
-    for i, layer in enumerate(layers):
-        scaled = layer.double() - layer.double().mean(0)
-        deviation = scaled.std(0)
-        for node in range(layer.shape[1]):
-            if deviation[node] > 1e-6:
-                values = (scaled[:, node] / deviation[node]).clamp(-2.499, 2.499)
-                for value in (0, 1):
-                    out[i, node, value] = torch.histc(values[label == value], bins, -2.5, 2.5)
-    return out
+    x = torch.stack(layers).double()
+    x = x - x.mean(1, keepdim=True)
+    deviation = x.std(1, keepdim=True)
+    place = (x / deviation.clamp(min=1e-6) + 2.5) / 5 * bins
+    one_hot = F.one_hot(place.clamp(0, bins - 1).long(), bins) * (deviation > 1e-6)[..., None]
+    return torch.stack([one_hot[:, label == value].sum(1) for value in (0, 1)], dim=2)
 
 
 def overlap(histograms: Tensor) -> Tensor:
@@ -207,74 +178,61 @@ def overlap(histograms: Tensor) -> Tensor:
     return torch.minimum(p[:, :, None], p[:, None]).sum(-1)
 
 
-def _nodes(axes: "Axes", histograms: Tensor, first: int, title: str, fontsize: float) -> None:
+def _nodes(axes: "figures.Axes", histograms: Tensor, first: int, title: str) -> None:
     """A grid of small histograms: a row a node, a column a layer; clear returns are framed.
 
     All in one axes, a cell a unit square: an axes a cell takes a minute to lay out.
     """
-    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Rectangle
 
     layers, dim, _, bins = histograms.shape
     peak = histograms.amax((2, 3), keepdim=True).clamp(min=1)
-    heights = (histograms / peak * 0.4).numpy()
-    layer, node, bin_ = (v.ravel() for v in np.indices((layers, dim, bins)))
-    left, middle = layer + 0.08 + 0.84 * bin_ / bins, node + 0.5
-    right = left + 0.84 / bins
-    for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
-        top = middle + sign * heights[layer, node, value, bin_]
-        bars = np.array([(left, middle), (left, top), (right, top), (right, middle)])
-        axes.add_collection(PolyCollection(list(bars.transpose(2, 0, 1)), fc=colour, lw=0))
-    framed = set()
-    for n, matrix in enumerate(overlap(histograms)):
+    heights = np.pad(histograms / peak * 0.4, ((0, 0), (0, 0), (0, 0), (0, 1)))  # 0 between cells
+    edges = (np.arange(layers)[:, None] + np.linspace(0.08, 0.92, bins + 1)).ravel()
+    for node, matrix in enumerate(overlap(histograms)):
+        for value, colour, sign in ((0, RED, -1), (1, BLUE, 1)):  # nodes count downwards
+            tops = node + 0.5 + sign * heights[:, node, value].ravel()[:-1]
+            axes.stairs(tops, edges, baseline=node + 0.5, fill=True, color=colour, linewidth=0)
         start, lost, back = strongest_return(matrix)
-        if matrix[start, back] - matrix[start, lost] >= 0.2:
-            framed |= {(start, n), (back, n)}
-    square = np.array([(0.04, 0.04), (0.04, 0.96), (0.96, 0.96), (0.96, 0.04)])
-    cells = {(i, n) for i in range(layers) for n in range(dim)}
-    for chosen, colour, width in ((cells - framed, GREY, 0.4), (framed, "black", 1.8)):
-        boxes = [square + cell for cell in sorted(chosen)]
-        axes.add_collection(PolyCollection(boxes, fc="none", ec=colour, lw=width))
+        framed = (start, back) if matrix[start, back] - matrix[start, lost] >= 0.2 else ()
+        for layer in range(layers):
+            look: dict[str, Any] = {"edgecolor": GREY, "linewidth": 0.4}
+            if layer in framed:
+                look = {"edgecolor": "black", "linewidth": 1.8, "zorder": 3}
+            corner = (layer + 0.04, node + 0.04)
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, facecolor="none", **look))
     axes.set(xlim=(0, layers), ylim=(dim, 0))
     axes.set_xticks(np.arange(layers) + 0.5, [str(i + first) for i in range(layers)])
     axes.set_yticks(np.arange(dim) + 0.5, [str(n + 1) for n in range(dim)])
-    axes.tick_params(length=0, labelsize=fontsize)
+    axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=fontsize + 1)
+    axes.set_title(title, fontsize=9)
 
 
-def training_strip(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "Figure":
+def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "figures.Figure":
     """Fig. 4: the distributions of every node in every layer, at some steps of the training.
 
     Args:
-        snapshots: (step, accuracy, what `node_histograms` returns).
-        kind: "paths" or "blocks".
+        snapshots: (step, accuracy, what `node_histograms` returns); one alone makes a frame of the
+            animation.
     """
-    rows = -(-len(snapshots) // 3)
-    figure = new_figure(
-        height=2.75 * rows + 0.8,
-        title=f"Distribution of every node's value in every layer during training ({LAYERS[kind]})"
-        ";\nframed: a distribution that a node leaves and comes back to in a later layer",
+    columns = min(3, len(snapshots))
+    rows = -(-len(snapshots) // columns)
+    one = len(snapshots) == 1
+    title = (
+        f"Distribution of every node's value in every layer during training ({LAYERS[kind]});\n"
+        "framed: a distribution that a node leaves and comes back to in a later layer"
     )
-    panels = figure.subplots(rows, 3, squeeze=False).ravel()
+    figure = new_figure(4.2, 4.8) if one else new_figure(2.75 * rows + 0.8, title=title)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, (step, accuracy, histograms) in zip(panels, snapshots, strict=False):
-        _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}", 8)
-    box = "layer number; in each box: value of the node, -2.5 to 2.5 standard deviations"
-    figure.supxlabel(box, fontsize=9)
-    figure.supylabel("node; in each box: points (red, up: class 0; blue, down: 1)", fontsize=9)
-    return figure
-
-
-def training_frame(step: int, accuracy: float, histograms: Tensor, kind: str) -> "Figure":
-    """One frame of Fig. 4's animation."""
-    figure = new_figure(height=4.2, width=4.8)
-    title = f"step {step:4d}, accuracy {accuracy:4.0%}"
-    _nodes(figure.subplots(), histograms, FIRST[kind], title, 9)
-    figure.supxlabel("layer number; in each box: the node's value", fontsize=9)
+        _nodes(panel, histograms, FIRST[kind], f"step {step}, accuracy {accuracy:.0%}")
+    figure.supxlabel("layer number; in each box: value of the node, ±2.5 deviations", fontsize=9)
     figure.supylabel("node; in each box: points (red: class 0; blue: 1)", fontsize=9)
     return figure
 
 
-def scores(values: dict[str, dict[str, list[float]]]) -> "Figure":
+def scores(values: dict[str, dict[str, list[float]]]) -> "figures.Figure":
     """The scores, {measure: {variant: one a seed}}: a panel a measure, a column a variant."""
     rows = -(-len(values) // 2)
     count = max(len(own) for variants in values.values() for own in variants.values())

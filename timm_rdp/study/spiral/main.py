@@ -1,10 +1,8 @@
 """`timm-rdp spiral`: the paper's toy study, with numbers under its pictures."""
 
 import argparse
-import math
 import statistics
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +12,45 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_rdp.args import Parser, show_defaults
 from timm_rdp.errors import UsageError, report
-from timm_rdp.study.features.similarity import (
-    cka_matrix,
-    cosine_matrix,
-    effective_rank,
-    revisit_score,
-)
-from timm_rdp.study.figures import check_matplotlib, pixels, save, similarity_grid, write_csv
-from timm_rdp.study.options import RATE, Parser, at_least, number
-from timm_rdp.study.spiral import algorithm, toy
-from timm_rdp.study.spiral import figures as toy_figures
-from timm_rdp.study.spiral.figures import FIRST, LAYERS
-from timm_rdp.training.files import check_output
+from timm_rdp.study.features import similarity
+from timm_rdp.study.figures import similarity_grid, write_csv, write_figure
+from timm_rdp.study.options import RATE, at_least, check_installed, check_output
+from timm_rdp.study.spiral import algorithm, figures, toy
+from timm_rdp.study.spiral.figures import FIRST, LAYERS, aligned_planes
+from timm_rdp.training.flags import AMOUNT, COUNT, POSITIVE, SEED
 
-MEASURES = {
-    f"{measure}_{kind}": f"revisit score of {name}, {layers}"
-    for measure, name in (("cka", "linear CKA"), ("cosine", "cosine"))
-    for kind, layers in LAYERS.items()
-}
-COLUMNS = {"accuracy": "accuracy"} | {
-    f"{measure}_{kind}": f"{name}, {layers}"
-    for measure, name in (("cka", "CKA"), ("cosine", "cosine"), ("rank", "rank"))
-    for kind, layers in (("paths", "paths"), ("blocks", "sums"))
-}
 FRAMES = 24
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp spiral",
         description="The paper's toy study: trains plain, DropPath and RDP networks on two spirals "
         "and writes figures, the numbers behind them as CSV, and a summary.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    above_0 = number(float, "above 0 and finite", lambda value: 0 < value < math.inf)
-    from_0 = number(float, "0 or more and finite", lambda value: 0 <= value < math.inf)
     add("--output", default="output/spiral", metavar="DIR", help="folder to write into")
     add("--points", type=at_least(4), default=400, help="points of both spirals together")
-    add("--turns", type=above_0, default=1.5, help="turns of each spiral")
-    add("--noise", type=from_0, default=0.02, help="noise of the points; the radius is 1")
+    add("--turns", type=POSITIVE, default=1.5, help="turns of each spiral")
+    add("--noise", type=AMOUNT, default=0.02, help="noise of the points; the radius is 1")
     add("--depth", type=at_least(3), default=32, help="residual layers of the network")
     add("--dim", type=at_least(2), default=32, help="its hidden dimension")
     add("--small-depth", type=at_least(3), default=6, help="layers of the network of figure 4")
-    add("--small-dim", type=at_least(1), default=6, help="its hidden dimension")
+    add("--small-dim", type=COUNT, default=6, help="its hidden dimension")
     add("--activation", default="gelu", choices=tuple(toy.ACTIVATIONS), help="on each path")
-    add("--drop-path", type=RATE, default=0.2, help="rate of the last layer's DropPath")
-    add("--steps", type=at_least(1), default=600, help="batches to train for, each of all points")
-    add("--lr", type=above_0, default=3e-3, help="learning rate at the start (AdamW, cosine)")
-    add("--seeds", type=at_least(1), default=6, help="networks per variant")
-    add("--seed", type=at_least(0), default=0, help="the first of the seeds")
-    layers = "of figures 1 and 4: what each path puts out, or the sums after the residuals"
+    rate = "rate of the last layer's DropPath"
+    add("--drop-path", type=RATE, default=0.2, metavar="RATE", help=rate)
+    add("--steps", type=COUNT, default=600, help="batches to train for, each of all points")
+    add("--lr", type=POSITIVE, default=3e-3, help="learning rate at the start (AdamW, cosine)")
+    add("--seeds", type=COUNT, default=6, help="networks per variant")
+    add("--seed", type=SEED, default=0, help="the first of the seeds (default: 0)")
+    layers = "of figures 1 and 4: what paths put out, or sums after residuals"
     add("--layers", default="paths", choices=tuple(LAYERS), help=layers)
-    add("--model", default="vit_tiny_patch16_224", help="timm model of figure 5")
-    add("--model-drop-path", type=RATE, default=0.2, help="its drop path rate")
-    return parser
+    add("--model", default="vit_tiny_patch16_224", metavar="NAME", help="timm model of figure 5")
+    add("--model-drop-path", type=RATE, default=0.2, metavar="RATE", help="its drop path rate")
+    return show_defaults(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         args = _parser().parse_args(argv)
-        check_matplotlib()
+        check_installed("matplotlib")
         output = check_output(args.output)
         cycle = algorithm.sample_cycle(args.model, args.model_drop_path, args.seed)
         run(args, output, cycle)
@@ -90,47 +71,46 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, output: Path, cycle: algorithm.CycleOfModel) -> None:
+def run(args: argparse.Namespace, output: Path, cycle: dict[str, Any]) -> None:
     """Train, measure, draw, write."""
     data = toy.two_spirals(args.points, args.noise, args.turns, args.seed)
     unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
     measured: dict[str, list[dict[str, float]]] = {v: [] for v in ("untrained", *toy.VARIANTS)}
-    first: dict[str, tuple[dict, dict]] = {}  # matrices and features of the first seed
-    names = ("steps", "lr", "drop_path", "activation")
-    settings = {name: getattr(args, name) for name in names}
-    bar = tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral")
-    with bar:
+    first: dict[str, tuple] = {}  # all that was measured of the first seed
+    settings = {name: getattr(args, name) for name in ("steps", "lr", "drop_path", "activation")}
+    with tqdm(total=len(measured) * args.seeds + 1, unit="network", desc="spiral") as bar:
         for seed in range(args.seed, args.seed + args.seeds):
             for variant in measured:
                 own = settings | {"depth": args.depth, "dim": args.dim, "seed": seed}
-                if variant == "untrained":
-                    own["steps"] = 0
-                row, matrices, features = measure(toy.train(variant, data, **own), unseen)
-                measured[variant].append(row)
-                first.setdefault(variant, (matrices, features))
+                own["steps"] *= variant != "untrained"
+                found = measure(toy.train(variant, data, **own), unseen)
+                measured[variant].append(found[0])
+                first.setdefault(variant, found)
                 bar.update()
         snapshots = watch_small(args, data, settings)
         bar.update()
 
     output.mkdir(parents=True, exist_ok=True)
-    draw_points(output, data, unseen[1], *first["plain"], args.layers)
-    draw_similarities(output, {variant: matrices for variant, (matrices, _) in first.items()})
+    points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
+    write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
+    draw_features(output, first, unseen[1], args.layers)
     draw_training(output, snapshots, args.layers)
-    save(algorithm.draw(cycle), output / "fig5_algorithm.png")
-    header = ("cycle", *vars(cycle.rows[0]))
-    rows = ((cycle.cycle, *vars(row).values()) for row in cycle.rows)
-    write_csv(output / "fig5_algorithm.csv", header, rows)
+    rows = (row.values() for row in cycle["rows"])
+    write_figure(output / "fig5_algorithm", algorithm.draw(cycle), cycle["rows"][0], rows)
     values = {
-        title: {variant: [row[name] for row in own] for variant, own in measured.items()}
-        for name, title in MEASURES.items()
+        f"revisit score of {name}, {layers}": {
+            variant: [row[f"{measure}_{kind}"] for row in own] for variant, own in measured.items()
+        }
+        for measure, name in (("cka", "linear CKA"), ("cosine", "cosine"))
+        for kind, layers in LAYERS.items()
     }
-    save(toy_figures.scores(values), output / "scores.png")
+    header = ("variant", "seed", *measured["plain"][0])
     rows = (
         (variant, seed, *row.values())
         for variant, own in measured.items()
         for seed, row in enumerate(own, start=args.seed)
     )
-    write_csv(output / "scores.csv", ("variant", "seed", *measured["plain"][0]), rows)
+    write_figure(output / "scores", figures.scores(values), header, rows)
     text = summary(args, measured)
     (output / "summary.txt").write_text(text)
     print(text)
@@ -148,11 +128,11 @@ def measure(
     """
     features = model.features(data[0])
     row = {"accuracy": toy.accuracy(model, data)}
-    cka = {kind: cka_matrix(layers) for kind, layers in features.items()}
+    cka = {kind: similarity.cka_matrix(layers) for kind, layers in features.items()}
     for kind, layers in features.items():
-        row[f"cka_{kind}"] = revisit_score(cka[kind])
-        row[f"cosine_{kind}"] = revisit_score(cosine_matrix(layers))
-        row[f"rank_{kind}"] = statistics.mean(effective_rank(layer) for layer in layers)
+        row[f"cka_{kind}"] = similarity.revisit_score(cka[kind])
+        row[f"cosine_{kind}"] = similarity.revisit_score(similarity.cosine_matrix(layers))
+        row[f"rank_{kind}"] = statistics.mean(map(similarity.effective_rank, layers))
     return row, cka, features
 
 
@@ -165,7 +145,7 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
     @torch.no_grad()
     def watch(step: int, model: toy.ToyNet) -> None:
         if step in wanted:
-            histograms = toy_figures.node_histograms(model.features(data[0])[args.layers], data[1])
+            histograms = figures.node_histograms(model.features(data[0])[args.layers], data[1])
             snapshots.append((step, toy.accuracy(model, data), histograms))
 
     # A network this small learns the spirals only with a higher rate than the deep one takes.
@@ -174,49 +154,34 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
     return snapshots
 
 
-def draw_points(
-    output: Path,
-    data: tuple[Tensor, Tensor],
-    label: Tensor,
-    cka: dict[str, Tensor],
-    features: dict[str, list[Tensor]],
-    kind: str,
-) -> None:
-    """Figure 2, the points that were trained on, and 1 and 3, the plain network's view of others.
+def draw_features(output: Path, first: dict[str, tuple], label: Tensor, kind: str) -> None:
+    """Figures 1 and 3, from what `measure` found of each variant on points of these classes.
 
-    `label` has the others' classes, and `kind` says which layers figure 1 shows.
+    `kind` says which layers figure 1 shows.
     """
-    save(toy_figures.spirals(*data), output / "fig2_spirals.png")
-    points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
-    write_csv(output / "fig2_spirals.csv", ("x", "y", "class"), points)
-    save(toy_figures.similarities(cka), output / "fig3_similarity.png")
-    layers, matrix = features[kind], cka[kind]
-    figure = toy_figures.distributions(layers, matrix, label, kind)
-    save(figure, output / "fig1_distributions.png")
-    start, *_ = toy_figures.strongest_return(matrix, toy_figures.several(len(layers)))
-    write_csv(
-        output / "fig1_distributions.csv",
+    _, cka, features = first["plain"]
+    figures.similarities(cka).savefig(output / "fig3_similarity.png")
+    start, *_ = figures.strongest_return(cka[kind])
+    write_figure(
+        output / "fig1_distributions",
+        figures.distributions(features[kind], cka[kind], label, kind),
         ("layer", "point", "class", "first_component", "second_component"),
         (
             (layer, j, int(c), *(f"{v:.5g}" for v in xy))
-            for layer, plane in enumerate(toy_figures.aligned_planes(layers, start), FIRST[kind])
+            for layer, plane in enumerate(aligned_planes(features[kind], start), FIRST[kind])
             for j, (xy, c) in enumerate(zip(plane.tolist(), label, strict=True))
         ),
     )
-
-
-def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> None:
-    """Figure 3 of all variants, {variant: {kind: CKA}}, and its numbers."""
-    rows = [(LAYERS[k], FIRST[k], [own[k] for own in matrices.values()]) for k in LAYERS]
+    rows = [(LAYERS[k], FIRST[k], [cka[k] for _, cka, _ in first.values()]) for k in LAYERS]
     title = "Layer similarity of untrained and trained networks (the first seed of each)"
-    figure = similarity_grid(rows, list(matrices), "linear CKA", title)
-    save(figure, output / "fig3_variants.png")
+    figure = similarity_grid(rows, list(first), "linear CKA", title)
+    figure.savefig(output / "fig3_variants.png")
     write_csv(
         output / "fig3_similarity.csv",
         ("variant", "layers", "layer", "other_layer", "cka"),
         (
             (variant, kind, layer + FIRST[kind], other + FIRST[kind], f"{value:.6f}")
-            for variant, own in matrices.items()
+            for variant, (_, own, _) in first.items()
             for kind, matrix in own.items()
             for (layer, other), value in np.ndenumerate(matrix)
         ),
@@ -226,16 +191,9 @@ def draw_similarities(output: Path, matrices: dict[str, dict[str, Tensor]]) -> N
 def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind: str) -> None:
     """Figure 4: strip, animation, numbers."""
     chosen = [snapshots[round(i * (len(snapshots) - 1) / 5)] for i in range(6)]
-    save(toy_figures.training_strip(chosen, kind), output / "fig4_training.png")
-    frames = [Image.fromarray(pixels(toy_figures.training_frame(*s, kind))) for s in snapshots]
-    # One palette for all frames, or each would bring its own.
-    palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
-    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    timing = {"duration": [250] * (len(frames) - 1) + [2500], "loop": 0}
-    path = output / "fig4_training.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:], optimize=True, **timing)
-    write_csv(
-        output / "fig4_training.csv",
+    write_figure(
+        output / "fig4_training",
+        figures.training(chosen, kind),
         ("step", "accuracy", "layer", "node", "class", "bin", "points"),
         (
             (step, f"{accuracy:.4f}", layer + FIRST[kind], node + 1, value, b, int(count))
@@ -243,12 +201,17 @@ def draw_training(output: Path, snapshots: list[tuple[int, float, Tensor]], kind
             for (layer, node, value, b), count in np.ndenumerate(histograms)
         ),
     )
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+    frames = []
+    for snapshot in snapshots:
+        canvas: Any = figures.training([snapshot], kind).canvas
+        canvas.draw()
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    # One palette for all frames, or each would bring its own.
+    palette = frames[-1].quantize(48, dither=Image.Dither.NONE)
+    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    timing = {"duration": [250] * (len(frames) - 1) + [2500], "loop": 0}
+    path = output / "fig4_training.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], optimize=True, **timing)
 
 
 def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]]) -> str:
@@ -258,14 +221,21 @@ def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]
     text = (
         f"Two spirals, {args.points} points; residual networks of {args.depth} linear layers "
         f"({args.activation}), dimension {args.dim}, {args.steps} steps, drop path "
-        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from "
-        f"{args.points} points that were not trained on. Revisit "
-        "scores: 0 where features only stay or drift away, 1 where all are lost and come back. "
-        "'paths': what each path puts out; 'sums': the features after each residual sum. "
-        "Rank: effective rank, mean over layers."
+        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from {args.points} points "
+        "that were not trained on. Revisit scores: 0 where features only stay or drift away, 1 "
+        "where all are lost and come back. 'paths': what each path puts out; 'sums': the features "
+        "after each residual sum. Rank: effective rank, mean over layers."
     )
-    rows = [("variant", list(COLUMNS.values()))]
+    columns = {"accuracy": "accuracy"} | {
+        f"{measure}_{kind}": f"{name}, {layers}"
+        for measure, name in (("cka", "CKA"), ("cosine", "cosine"), ("rank", "rank"))
+        for kind, layers in (("paths", "paths"), ("blocks", "sums"))
+    }
+    table = ["variant".ljust(11) + "".join(title.rjust(16) for title in columns.values())]
     for variant, own in measured.items():
-        rows.append((variant, [spread([row[name] for row in own]) for name in COLUMNS]))
-    table = [name.ljust(11) + "".join(cell.rjust(16) for cell in cells) for name, cells in rows]
+        table.append(variant.ljust(11))
+        for name in columns:
+            values = [row[name] for row in own]
+            spread = f" ± {statistics.stdev(values):.3f}" if several else ""
+            table[-1] += f"{statistics.mean(values):.3f}{spread}".rjust(16)
     return "\n".join([textwrap.fill(text, 100), "", *table]) + "\n"

@@ -1,6 +1,7 @@
 """The paper's toy: two spirals, and a residual network of linear layers that tells them apart."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -23,7 +24,6 @@ def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Ten
         points: number of points of both classes together.
         noise: standard deviation of what is added to each coordinate; the spirals have radius 1.
         turns: how often each spiral winds around the centre.
-        seed: of the positions along the spirals and of the noise.
 
     Returns:
         coordinates (points, 2) and classes (points,), 0 and 1 in turn.
@@ -37,26 +37,11 @@ def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Ten
     return xy + noise * torch.randn(points, 2, generator=generator), label
 
 
-class Layer(nn.Module):
-    """A linear layer on a residual path: what it adds to its input."""
-
-    def __init__(self, dim: int, activation: str, drop_prob: float):
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-        self.act = ACTIVATIONS[activation]()
-        self.drop_path = DropPath(drop_prob) if drop_prob > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the residual path adds to x."""
-        return self.drop_path(self.act(self.linear(x)))
-
-
 class ToyNet(nn.Module):
     """Embedding to `dim`, `depth` residual linear layers, a linear classifier.
 
     Args:
-        depth: number of residual layers.
-        dim: hidden dimension.
+        depth, dim: number of residual layers, hidden dimension.
         drop_path: rate of the last layer's DropPath; the rates rise linearly from 0, as in timm.
         activation: after each residual linear layer, a key of `ACTIVATIONS`.
     """
@@ -64,8 +49,12 @@ class ToyNet(nn.Module):
     def __init__(self, depth: int, dim: int, drop_path: float = 0.0, activation: str = "gelu"):
         super().__init__()
         self.embed = nn.Linear(2, dim)
+        self.layers = nn.ModuleList()
         rates: Any = calculate_drop_path_rates(drop_path, depth)
-        self.layers = nn.ModuleList(Layer(dim, activation, rate) for rate in rates)
+        for rate in rates:
+            path = {"linear": nn.Linear(dim, dim), "act": ACTIVATIONS[activation]()}
+            path["drop_path"] = DropPath(rate) if rate > 0 else nn.Identity()
+            self.layers.append(nn.Sequential(OrderedDict(path)))
         self.head = nn.Linear(dim, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,14 +83,12 @@ def train(
     variant: str,
     data: tuple[Tensor, Tensor],
     *,
-    depth: int,
-    dim: int,
     steps: int,
     lr: float,
     drop_path: float,
-    activation: str,
     seed: int,
     watch: Callable[[int, ToyNet], None] = lambda step, model: None,
+    **network: Any,
 ) -> ToyNet:
     """Train one toy network on all points at once, with AdamW and a cosine schedule.
 
@@ -109,19 +96,19 @@ def train(
         variant: "droppath" (timm's), "rdp" (one full cycle a step), or any other (no DropPath).
         data: what `two_spirals` returns.
         steps: batches. Under RDP each is a droppath and a complement iteration, `same` batches.
-        lr: learning rate at the start.
         seed: of the weights, of timm's DropPath and of RDP's masks.
         watch: called as watch(step, model) before every step and after the last.
+        network: depth, dim and activation of the `ToyNet`.
     """
     x, y = data
     torch.manual_seed(seed)
-    model = ToyNet(depth, dim, drop_path if variant in VARIANTS[1:] else 0.0, activation)
+    model = ToyNet(drop_path=drop_path if variant in VARIANTS[1:] else 0.0, **network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    model.train()
     rdp = None
     if variant == "rdp":
         rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
-    model.train()
     for step in range(steps):
         watch(step, model)
         for iteration in rdp.cycle() if rdp else [nullcontext()]:
