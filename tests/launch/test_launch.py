@@ -378,11 +378,14 @@ def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
     [
         (["--rdp", "--rdp-batch", "same"], "only the script can go through its loop body"),
         (["--rdp-every", "2"], "--rdp-every needs --rdp"),
-        (["--rdp", "--rdp-every", "0"], "--rdp-every 0 must be 1 or more"),
-        (["--rdp", "--rdp-start-epoch", "-1"], "--rdp-start-epoch -1 must be 0 or more"),
+        (["--rdp", "--rdp-every", "0"], "--rdp-every 0 must be a whole number of at least 1"),
+        (
+            ["--rdp", "--rdp-start-epoch", "-1"],
+            "--rdp-start-epoch -1 must be a whole number of at least 0",
+        ),
         (["--rdp", "--rdp-evry", "2"], "did you mean --rdp-every"),
-        (["--rdp", "--rdp-seed"], "--rdp-seed: expected one argument"),
-        (["--rdp", "--rdp-seed", "x"], "--rdp-seed: invalid int value: 'x'"),
+        (["--rdp", "--rdp-seed"], "--rdp-seed expected one argument"),
+        (["--rdp", "--rdp-seed", "x"], "--rdp-seed invalid int value: 'x'"),
         (["--rdp", "--skip-dropped"], "--skip-dropped cannot be combined with --rdp"),
     ],
 )

@@ -8,13 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    from timm.task import TrainingTask
-except ImportError:  # before timm 1.0.23
-
-    class TrainingTask(nn.Module):  # pyright: ignore
-        """Nothing is one."""
-
 
 def best_device() -> str:
     """The type of the accelerator that is here, else "cpu"."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from timm_rdp.args import from_args
 from timm_rdp.core.rdp import ResidualDropPath
-from timm_rdp.core.versions import TrainingTask, input_size
+from timm_rdp.core.versions import input_size
 from timm_rdp.errors import UsageError
 
 _logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class LaunchedRun:
         """
         modules = [m for r in self.containers.values() if (m := r()) is not None]
         around = sorted((m for m in modules if _has(m, model)), key=lambda m: len([*m.modules()]))
-        tasks = [m.get_trainable_module() for m in around if isinstance(m, TrainingTask)]
+        tasks = [m.get_trainable_module() for m in around if hasattr(m, "get_trainable_module")]
         for module in [*map(unwrap_model, tasks), model, *around]:
             if module is unwrap_model(module) and held <= _ids(module.parameters()):
                 return module

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from timm_rdp.args import add_rdp_args
+from timm_rdp.args import Parser, add_rdp_args
 from timm_rdp.errors import UsageError, nearest, report
 from timm_rdp.launch.hooks import hooked
 from timm_rdp.launch.launched_run import LaunchedRun
@@ -58,10 +58,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     """The launcher's options, the script, and the script's own arguments in their order."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
-    try:
-        options, rest = parser.parse_known_args(argv[:end])
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from None
+    options, rest = parser.parse_known_args(argv[:end])
     if not rest or rest[0].startswith("-"):
         given = f", not {rest[0]}" if rest else ""
         raise UsageError(f"timm-rdp launch takes the path of a script first{given}")
@@ -79,9 +76,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
             "--rdp-batch same cannot be launched: only the script can go through its loop body "
             "twice for a batch; leave it out, or add the lines of docs/your_own_script.md"
         )
-    for name, least in (("rdp_every", 1), ("rdp_start_epoch", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UsageError(f"--{name.replace('_', '-')} {value} must be {least} or more")
     # Read by from_args where there is no --rdp-seed.
     seeds = re.findall(r"^--seed[=\n](-?\d+)$", "\n".join(script_args), re.MULTILINE)
     options.seed = int(seeds[-1]) if seeds else None
@@ -91,8 +85,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
     return options, script, script_args
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="timm-rdp launch",
         usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-every N] [--rdp-seed N] ...",
         description="Run an unmodified training script with ResidualDroppath. The options below "
@@ -101,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
         "(--drop-path in timm's own). The optimizer's state holds that of the cycles.",
         add_help=False,
         allow_abbrev=False,
-        exit_on_error=False,
     )
     group = add_rdp_args(parser)
     group.add_argument(
