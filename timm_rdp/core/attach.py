@@ -134,7 +134,9 @@ class AttachedLoop:
             completed = overflow is None or not overflow.item()
             phase = controller._active.phase
             controller._leave(completed)
-            if self._same is not None and completed and phase == DROPPATH:
+            if self._same is not None and not completed:
+                self._same.forget()
+            elif self._same is not None and phase == DROPPATH:
                 self._complement(optimizer, kwargs.get("closure", (*args, None, None)[1]))
 
     def _complement(self, optimizer: Optimizer, closure: Any) -> None:

@@ -70,24 +70,29 @@ class SameBatch:
     def train(self, optimizer: Optimizer, closure: Callable | None) -> None:
         """Forward, backward and step on the noted calls, or on the closure's."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        calls, self._calls = self._calls, []
         with _without_gradients(parameters), torch.enable_grad():
             if closure is not None:
                 closure()
-            elif not calls or any(call.gradient is None for call in calls):
-                raise RuntimeError(_NO_LOSS.format(model=type(self._module).__name__))
-            for call in calls if closure is None else ():
-                args, kwargs = call.arguments
-                with ExitStack() as contexts:
-                    for context in self._contexts(call):
-                        contexts.enter_context(context)
-                    loss = _loss_in(self._module(*args, **kwargs))
-                    assert loss is not None
-                    loss.backward(call.gradient)
+            else:
+                self._repeat()
+            self.forget()
             if _unscale([p.grad for p in parameters if p.grad is not None]):
                 if self._clip is not None:
                     self._clip()
                 optimizer.step()
+
+    def _repeat(self) -> None:
+        if not self._calls or any(call.gradient is None for call in self._calls):
+            self.forget()
+            raise RuntimeError(_NO_LOSS.format(model=type(self._module).__name__))
+        for call in self._calls:
+            args, kwargs = call.arguments
+            with ExitStack() as contexts:
+                for context in self._contexts(call):
+                    contexts.enter_context(context)
+                loss = _loss_in(self._module(*args, **kwargs))
+                assert loss is not None
+                loss.backward(call.gradient)
 
     def _contexts(self, call: _Call) -> Iterator[AbstractContextManager]:
         for kind, dtype, enabled in call.autocast:
@@ -109,15 +114,13 @@ def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
 def _unscale(gradients: list[Tensor]) -> bool:
     """Undo the scale of the GradScaler whose step this is within; whether all are finite."""
     frame: Any = sys._getframe()
-    while frame is not None:
-        scaler = frame.f_locals.get("self")
-        if isinstance(scaler, GradScaler):
-            if scaler.is_enabled():
-                torch._foreach_div_(gradients, scaler.get_scale())
-                return all(bool(g.isfinite().all()) for g in gradients)
-            break
+    # No other frame is looked into: that would hold on to the script's own variables.
+    while frame is not None and frame.f_code is not GradScaler.step.__code__:
         frame = frame.f_back
-    return True
+    if frame is None or not (scaler := frame.f_locals["self"]).is_enabled():
+        return True
+    torch._foreach_div_(gradients, scaler.get_scale())
+    return all(bool(g.isfinite().all()) for g in gradients)
 
 
 def _loss_in(output: Any) -> Tensor | None:
