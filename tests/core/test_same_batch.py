@@ -112,7 +112,7 @@ def train(
         {"autocast": True},
         {"closure": True},
         {"closure": True, "clip": False, "name": "test_resnet"},
-        {"optimizer": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=0.1)},
+        {"optimizer": torch.optim.RMSprop},
         {"ema": True, "drop_rate": 0.3},
         {"kind": "scalar"},
         {"kind": "tuple"},

@@ -141,6 +141,7 @@ class AttachedLoop:
     def _complement(self, optimizer: Optimizer, closure: Any) -> None:
         """Run the complement iteration of the droppath iteration that has just ended."""
         controller, same = self._controller, self._same
+        assert same is not None
         if controller.phase != COMPLEMENT:  # nothing was dropped, or it is not its turn
             return same.forget()
         self._repeating = True

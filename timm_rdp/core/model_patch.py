@@ -60,6 +60,14 @@ class ModelPatch:
         if any(m._compiled_call_impl is not None for m in model.modules()):
             self.follow_compile()
 
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError where the model has other parameters than when it was patched."""
+        if (name := self.changed()) is not None:
+            raise RuntimeError(
+                f"{name} was added to the model or replaced after it was patched: call follow() "
+                "with the model, or patch it when it is complete"
+            )
+
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
         self.compiled = True
@@ -117,7 +125,14 @@ class ModelPatch:
         return [self._modules[name] for name in names]
 
     def turn_on(self, it: Iteration) -> None:
-        """Set the model for an iteration."""
+        """Set the model for an iteration, or leave it as it was where that fails."""
+        try:
+            self._turn_on(it)
+        except BaseException:
+            self.turn_off()
+            raise
+
+    def _turn_on(self, it: Iteration) -> None:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
         self._in_train_mode = set()
         self._decide(it)

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core import checks
 from timm_rdp.core.attach import AttachedLoop
-from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.paths import Path
-from timm_rdp.core.same_batch import SameBatch
+from timm_rdp.core.same_batch import same_batch
 from timm_rdp.core.trace import trace_paths
 
 __all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
@@ -27,7 +27,7 @@ class ResidualDropPath:
     In a *droppath iteration* each residual path is dropped for the whole batch with its own
     module's `drop_prob`. The *complement iteration* that follows drops nothing and trains exactly
     the parameters that the dropped paths carried; everything else is frozen. Outside iterations the
-    model is bit for bit the unpatched one.
+    model is bit for bit the unpatched one. Source: Sejik Park, arXiv 2411.09475.
 
         rdp = ResidualDropPath(model)
         for images, targets in loader:
@@ -49,17 +49,15 @@ class ResidualDropPath:
         ValueError: the model has no residual path that can be dropped or none that carries a
             parameter, cannot be traced or is already patched; or an argument is out of its range.
 
-    Source: Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
-
     Attributes:
         masks: {path name: kept?} of the current cycle; {} before the first.
         phase, current_cycle: those of the iteration that is open, or else comes next.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0, every: int = 1, example_input: Any = None):
-        self.seed = whole_number("seed", seed)
-        self.every = whole_number("every", every, least=1)
-        self.model = unwrap(model)
+        self.seed = checks.whole_number("seed", seed)
+        self.every = checks.whole_number("every", every, least=1)
+        self.model = checks.unwrap(model)
         self.masks: dict[str, bool] = {}
         self._example_input = example_input
         self.current_cycle = 0
@@ -74,9 +72,9 @@ class ResidualDropPath:
             self.follow(model)
 
     def _patch_model(self) -> None:
-        drop_paths = find_drop_paths(self.model)
+        drop_paths = checks.find_drop_paths(self.model)
         self._graph = trace_paths(self.model, self._example_input)
-        check_droppable(self.model, self._graph)
+        checks.check_droppable(self.model, self._graph)
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
         self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
@@ -109,29 +107,19 @@ class ResidualDropPath:
             RuntimeError: called within an iteration.
         """
         self._check_in_use()
-        if not any(module is self.model for module in wrapper.modules()):
-            raise ValueError(
-                f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
-                "what torch.compile or DistributedDataParallel made of it, or the model itself"
-            )
+        checks.check_wrapper(wrapper, self.model)
         if self._patch.changed():
             self._close("follow")
             with self.pause():
                 self._patch.remove()
                 self._patch_model()
         self._outermost = wrapper
-        inside: Any = wrapper
-        while inside is not self.model:
+        for inside in checks.wrappers_around(self.model, wrapper):
             if isinstance(inside, DistributedDataParallel):
                 check_same_on_all_ranks(inside, self.state_dict())
                 self._patch.follow_ddp(inside)
-                inside = inside.module
-            elif isinstance(getattr(inside, "_orig_mod", None), nn.Module):
+            elif hasattr(inside, "_orig_mod"):
                 self._patch.follow_compile()
-                inside = inside._orig_mod
-            else:
-                around = (m for m in inside.modules() if m is not inside)
-                inside = next(m for m in around if unwrap(m) is self.model)
         if self._loop is not None:
             self._loop.hook(self._patch, wrapper)
         return self
@@ -228,10 +216,10 @@ class ResidualDropPath:
             ValueError: not such a state, or one of a model with other paths.
             RuntimeError: called within an iteration.
         """
-        check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
+        checks.check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
         self._close("load_state_dict")
-        self.seed, self.every = state["seed"], state["every"]
-        self.current_cycle, self.phase = state["cycle"], state["phase"]
+        own = (state[name] for name in ("seed", "every", "cycle", "phase"))
+        self.seed, self.every, self.current_cycle, self.phase = own
         self._dropped = frozenset(state["dropped"])
         self.masks = dict(state["masks"])
 
@@ -247,29 +235,23 @@ class ResidualDropPath:
         the optimizer holds beside the model's parameters is trained in every iteration: patch the
         module that contains all of it where it should not be.
 
-        With "next" the batches alternate between droppath and complement iterations, which was
-        measured to be cheaper than plain DropPath and less accurate. With "same", as in `cycle()`,
-        the complement iteration follows within the step of the droppath iteration: the calls of the
-        model, or of the wrapper that was followed last, are repeated on the inputs that they had,
-        and the loss in what they return gets the gradient that the script's backward gave it. Where
-        `step()` is passed a closure, that is called again instead.
-
         Args:
             optimizer: what trains the model.
-            batch: "next" or "same".
-            clip: called before the second step of "same", to clip gradients as before the first.
+            batch: "next": batches alternate between the two iterations, which was measured to be
+                cheaper than plain DropPath and less accurate. "same": as in `cycle()`, by repeating
+                the calls of the model, or of the wrapper followed last, within the step; the loss
+                in what they return gets the gradient that the loop's backward gave it. Where
+                `step()` is passed a closure, that is called again instead.
+            clip: called before the second step of "same", to clip as before the first.
 
         Raises:
             ValueError: already attached, or the optimizer cannot be followed, or another `batch`.
             RuntimeError: in the step, where "same" finds no loss.
         """
-        if batch not in ("next", "same"):
-            raise ValueError(f'batch={batch!r} must be "next" or "same"')
         self._check_in_use()
         if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        same = SameBatch(clip) if batch == "same" else None
-        self._loop = AttachedLoop(self, optimizer, self._patch, same)
+        self._loop = AttachedLoop(self, optimizer, self._patch, same_batch(batch, clip))
         self._loop.hook(self._patch, self._outermost)
         return self
 
@@ -307,18 +289,10 @@ class ResidualDropPath:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
         if (it.cycle, it.phase) != (self.current_cycle, self.phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
-        if (name := self._patch.changed()) is not None:
-            raise RuntimeError(
-                f"{name} was added to the model or replaced after it was patched: call follow() "
-                "with the model, or patch it when it is complete"
-            )
+        self._patch.check_unchanged()
         # What the user froze since the iteration was asked for does not train either.
         it.trainable -= {n for n, p in self._patch.parameters.items() if not p.requires_grad}
-        try:
-            self._patch.turn_on(it)
-        except BaseException:
-            self._patch.turn_off()
-            raise
+        self._patch.turn_on(it)
         self._active = it
         self._begin(it)
 

@@ -28,6 +28,13 @@ class _Call:
     gradient: Tensor | None = None  # of the loss, as the script's own backward gave it
 
 
+def same_batch(batch: str, clip: Callable[[], Any] | None) -> "SameBatch | None":
+    """What runs complement iterations on the same batches, where attach() was asked for that."""
+    if batch not in ("next", "same"):
+        raise ValueError(f'batch={batch!r} must be "next" or "same"')
+    return SameBatch(clip) if batch == "same" else None
+
+
 class SameBatch:
     """Notes the calls of a droppath iteration, and runs the complement iteration on them.
 

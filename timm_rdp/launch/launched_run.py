@@ -34,7 +34,7 @@ class LaunchedRun:
         self.wrappers: list[weakref.ref] = []
         self.taken: str | None = None
         self.rdp: ResidualDropPath | None = None
-        self.task: TrainingTask | None = None  # that returns the loss, for `same` batches
+        self.task: nn.Module | None = None  # that returns the loss, for `same` batches
         self.clip: Callable | None = None  # clips gradients as the script did last
         self.begin: Callable | None = None  # until the start epoch
         self.epoch: int | None = None  # of the script's timm scheduler, once there is one
@@ -116,7 +116,7 @@ class LaunchedRun:
     def _batch_mode(self, target: nn.Module) -> str:
         """`same` where a task of timm's returns the loss, which is followed then."""
         modules = [m for r in self.containers.values() if (m := r()) is not None]
-        tasks = (m for m in modules if isinstance(m, TrainingTask) and _has(m, target))
+        tasks = (m for m in modules if hasattr(m, "get_trainable_module") and _has(m, target))
         task = next(tasks, None)
         if task is None and self.options.rdp_batch == "same":
             raise self.refuse(
