@@ -21,6 +21,8 @@ from ranks import Ranks
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -440,6 +442,38 @@ def controller_with_hook(rank, size):
     with pytest.raises(ValueError) as error:
         ResidualDropPath(ddp)
     return str(error.value)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sharded_models_train_what_an_iteration_trains(ranks, when):
+    results = ranks.run(train_sharded, when)
+    assert results[0] == results[1]
+    for phase, trained, trainable in results[0]:
+        assert trained == trainable, phase
+
+
+def train_sharded(rank, size, when):
+    """Per iteration its phase, what changed on a rank, and what should; with FSDP2."""
+    mesh = init_device_mesh("cpu", (size,))
+    model = create("test_vit")
+    rdp = ResidualDropPath(model) if when == "after" else None
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    rdp = ResidualDropPath(model) if rdp is None else rdp.follow(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+    whole = lambda: {n: p.full_tensor().clone() for n, p in model.named_parameters()}
+    seen = []
+    for _ in range(3):
+        for it in rdp.cycle():
+            before = whole()
+            with torch.no_grad():  # which leaves parameters whole
+                model.eval()(digit_images(2)[0])
+            model.train()
+            with it:
+                update(model, optimizer, rank)
+            model.reshard()
+            seen.append((it.phase, changed(before, whole()), it.trainable))
+    return seen
 
 
 def test_synchronised_batch_norm_is_traced_without_communication(ranks):

@@ -115,6 +115,9 @@ class ModelPatch:
         """The name of a parameter or module that the model did not have when it was patched."""
         if self._ids() == self._identities:
             return None
+        for module in self._modules.values():
+            if hasattr(module, "reshard"):  # FSDP2 leaves whole parameters behind an evaluation
+                module.reshard()  # pyright: ignore
         then = {**self._modules, **self.parameters}
         now = dict([*self._model.named_modules(), *self._model.named_parameters()])
         return next((name for name in [*now, *then] if now.get(name) is not then.get(name)), None)
