@@ -912,3 +912,38 @@ def test_a_missing_library_is_named_with_how_to_install_it(missing, monkeypatch,
     _, err = capsys.readouterr()
     assert missing in err and 'pip install "timm-rdp[demo]"' in err and len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# Several labels an image
+
+
+def test_multilabel_runs_are_compared_by_their_own_metric_which_is_named(
+    labels, digits_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare_cost, "FLOP_CYCLES", 2)
+    output = tmp_path / "out"
+    more = ["--output", str(output), "--drop-paths", "0.5", "--seeds", "1", "--epochs", "1"]
+    assert compare.main([*recipe(digits_folder), *labels, *more]) == 0
+    assert "points, one seed" in capsys.readouterr().out
+    for row in read(output / "runs.csv"):
+        folder = output / "runs" / f"{row['variant']}-0.5-seed0"
+        own = read(folder / "summary.csv")[-1]
+        assert float(row["map"]) == pytest.approx(float(own["eval_map"])) and "top1" not in row
+    text = (output / "table.md").read_text()
+    assert "| map, % |" in text and "Map is in per cent" in text and "op-1" not in text
+    argv = [*recipe(digits_folder), *labels, *more, "--eval-metric", "top1"]
+    argv[argv.index("--output") + 1] = str(tmp_path / "never")
+    assert compare.main(argv) == 2
+    assert "--eval-metric top1" in capsys.readouterr().err and not (tmp_path / "never").exists()
+
+
+def test_a_lower_loss_is_better(stubbed, capsys, monkeypatch):
+    losses = {"droppath": [2.0, 2.1, 2.2], "rdp": [1.0, 1.2, 1.2]}
+    plan = {f"{v}-0.1-seed{s}": {"top1": [x]} for v, xs in losses.items() for s, x in enumerate(xs)}
+    monkeypatch.setattr(
+        sys.modules[__name__], "STUB", STUB.replace("eval_loss,eval_top1", "eval_top1,eval_loss")
+    )
+    assert stubbed("--seeds", 3, "--eval-metric", "loss", plan=plan) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("- rdp - droppath at 0.1: -0.97 in loss") and "rdp is better." in first
+    assert "| loss |" in (stubbed.output / "table.md").read_text()

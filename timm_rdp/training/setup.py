@@ -14,6 +14,7 @@ from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task.evaluator import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import nn
 
 from timm_rdp import ResidualDropPath, from_args
@@ -34,6 +35,11 @@ from timm_rdp.training.model import (
 from timm_rdp.training.resume import StopSignals
 
 _logger = logging.getLogger("timm_rdp.training")
+
+EVALUATORS = {
+    "classification": ClassificationEvaluator,
+    "multilabel": MultiLabelClassificationEvaluator,
+}
 
 
 class Parts(NamedTuple):
@@ -98,9 +104,9 @@ def set_up(args: argparse.Namespace) -> Parts:
 
     stream = None if args.data_seed is None else DataStream(args.data_seed, args.rank, device)
     samplers = (make_resumable(data.train), make_resumable(data.eval, is_continued=False))
-    eval_metric = _eval_metric(args, task) if data.eval is not None else "loss"
+    metric = eval_metric(args) if data.eval is not None else "loss"
     updates_per_epoch = -(-len(data.train) // args.grad_accum_steps)
-    schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=eval_metric == "loss")
+    schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=metric == "loss")
     with refused_with(f"--sched {args.sched}"):
         lr_scheduler, num_epochs = create_scheduler_v2(
             optimizer, **schedule, updates_per_epoch=updates_per_epoch
@@ -112,7 +118,7 @@ def set_up(args: argparse.Namespace) -> Parts:
         )
     return Parts(
         device, dtype, autocast, loss_scaler, task, data, data_config, updates_per_epoch,
-        eval_metric, optimizer, lr_scheduler, last_epoch, rdp, StopSignals(args.distributed),
+        metric, optimizer, lr_scheduler, last_epoch, rdp, StopSignals(args.distributed),
         stream, samplers, checkpoint, resume_epoch,
     )  # fmt: skip
 
@@ -251,8 +257,13 @@ def build_task(
         )
 
 
-def _eval_metric(args: argparse.Namespace, task: tasks.TrainingTask) -> str:
-    evaluator = task.create_evaluator()
+def eval_metric(args: argparse.Namespace) -> str:
+    """What a run's epochs are ranked by: --eval-metric, else the default of its task.
+
+    Raises:
+        UsageError: the task has no such metric.
+    """
+    evaluator = EVALUATORS[args.task]
     if args.eval_metric not in (None, *evaluator.metric_names):
         raise UsageError(
             f"--eval-metric {args.eval_metric} is not measured with --task {args.task}; choose "

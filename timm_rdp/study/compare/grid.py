@@ -21,6 +21,7 @@ from timm_rdp.training.flags import build_parser as build_training_parser
 from timm_rdp.training.flags import flag
 from timm_rdp.training.options import parse_args, read_config
 from timm_rdp.training.saver import write_atomically
+from timm_rdp.training.setup import eval_metric
 
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
@@ -88,6 +89,7 @@ def read_grid(output: Path) -> dict[str, Any] | None:
         grid = json.loads((output / GRID).read_text())
         for name in ("model", "data_dir", "dataset", *FOR_RDP):
             grid["options"][name]
+        metric_of(grid)
         runs.cells_of(grid["runs"])
         for name in ("versions", "matched_epochs"):
             grid[name].keys()
@@ -95,6 +97,11 @@ def read_grid(output: Path) -> dict[str, Any] | None:
             rate = None if key == "plain" else float(key)
             flops_of_epochs(grid, "rdp" if rate else "plain", rate, 1)
     return grid
+
+
+def metric_of(grid: dict[str, Any]) -> str:
+    """The metric that the runs of a grid are compared by."""
+    return eval_metric(argparse.Namespace(**grid["options"]))
 
 
 def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
@@ -155,6 +162,7 @@ def check_runs(
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
+    eval_metric(options)
     start, total = options.rdp_start_epoch, cost.total_epochs(options, options.epochs)
     if start >= total and not RDP_VARIANTS.isdisjoint(variants):
         raise UsageError(

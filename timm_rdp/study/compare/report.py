@@ -11,7 +11,7 @@ from typing import Any
 from timm_rdp.errors import UsageError
 from timm_rdp.study import figures
 from timm_rdp.study.compare import results
-from timm_rdp.study.compare.grid import OUTPUTS, read_grid
+from timm_rdp.study.compare.grid import OUTPUTS, metric_of, read_grid
 from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS
 from timm_rdp.training.saver import write_atomically
@@ -28,9 +28,9 @@ def write_report(output: Path, pick: str = "last") -> str:
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
-    of_runs = results.read_results(output, grid, pick)
-    rows = results.tabulate(of_runs)
-    said = results.sentences(rows)
+    of_runs, metric = results.read_results(output, grid, pick), metric_of(grid)
+    rows = results.tabulate(of_runs, metric)
+    said = results.sentences(rows, metric)
     if not said:
         said = ["There are no runs of droppath to compare with: add droppath to --variants."]
     left_out = {}  # plain is in the rows of every rate
@@ -41,7 +41,7 @@ def write_report(output: Path, pick: str = "last") -> str:
         said.append(f"Runs left out of the means: {'; '.join(left_out)}.")
     said = [f"- {line}" for line in said]
     image = io.BytesIO()
-    draw(rows, grid["options"]["model"], pick).savefig(image)
+    draw(rows, grid["options"]["model"], metric, pick).savefig(image)
     text = [*_table_md(rows, grid), *said, "", *_notes(rows, grid, pick)]
     contents = (_csv(of_runs), _csv(rows), ("\n".join(text) + "\n").encode(), image.getvalue())
     for name, content in zip(OUTPUTS, contents, strict=True):
@@ -66,7 +66,8 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     data = options["dataset"] or folder or "the demo (handwritten digits)"
     lines = [f"# {options['model']} on {data}"]
     against = [r for r in REFERENCES if any(row[f"pairs_to_{r}"] is not None for row in rows)]
-    heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
+    name, unit = titled(metric_of(grid))
+    heading = ["variant", "epochs", "seeds", f"{name}{unit and ', %'}", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
@@ -89,6 +90,11 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def titled(metric: str) -> tuple[str, str]:
+    """A metric's name in text, and " (%)" where it is a percentage."""
+    return {"top1": "top-1", "top5": "top-5"}.get(metric, metric), " (%)" * (metric != "loss")
+
+
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -109,8 +115,10 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
         "last": "after the last epoch, so that nothing is picked on it",
         "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
     }
+    name, unit = titled(metric_of(grid))
     notes = [
-        f"Top-1 is in per cent on the validation set, {epoch[pick]}. Differences are in points, "
+        f"{name[0].upper()}{name[1:]} is {unit and 'in per cent '}on the validation set, "
+        f"{epoch[pick]}. Differences are {unit and 'in points, '}"
         "paired by seed: the same initial weights and the same order of the data.",
         "Intervals are 95 %, from the t distribution, not corrected for their number. p is that of "
         "the two-sided paired t test (scipy.stats.ttest_rel); corrected p is after Holm's "
@@ -131,8 +139,8 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
     return "\n\n".join(notes).splitlines()
 
 
-def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
-    """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
+def draw(rows: Sequence[Row], model: str, metric: str, pick: str) -> "figures.Figure":
+    """The metric against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
     from matplotlib.transforms import ScaledTranslation
 
     table = {rate: [*own] for rate, own in groupby(rows, itemgetter("drop_path"))}
@@ -174,7 +182,7 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     for axes in panels[len(table) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
-        axes.set_ylabel(f"top-1, {pick} epoch (%)")
+        axes.set_ylabel("{0}, {pick} epoch{1}".format(*titled(metric), pick=pick))
     cut = _limit_height(panels[0], drawn)
     if handles:
         names = sorted(handles, key=VARIANTS.index)

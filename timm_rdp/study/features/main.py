@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from timm.data import MultiLabelTarget
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -19,9 +19,12 @@ from timm_rdp.study import figures
 from timm_rdp.study.features import layers, models, similarity
 from timm_rdp.study.options import at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED
+from timm_rdp.training.setup import EVALUATORS
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6
+# By task: the evaluator's metric beside the loss, as tables and as texts call it.
+SCORES = {"classification": ("accuracy", "top-1"), "multilabel": ("map", "mean average precision")}
 
 
 @dataclass
@@ -31,8 +34,8 @@ class Network:
     label: str
     kinds: dict[str, dict[str, Any]]  # by a key of KINDS: what `_measure` returns
     loss: float | None  # None where it has not the images' classes
-    accuracy: float | None
-    importance: dict[str, tuple[float, float, float]]  # by path: loss, accuracy, rise of the loss
+    score: float | None  # of SCORES
+    importance: dict[str, tuple[float, float, float]]  # by path: loss, score, rise of the loss
     skipped: set[str]  # layers whose output is no feature per image
 
 
@@ -49,7 +52,13 @@ def _parser() -> Parser:
     one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
-    add("--data-dir", metavar="DIR", help="images, as for training (default: the demo's digits)")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="images, as for training (default: the checkpoint's "
+        "--dataset, else the demo's digits)",
+    )
+    add("--dataset", metavar="NAME", help="in --data-dir, as for training (default: image folders)")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
     images = "validation images to use at most"
     add("--num-images", type=at_least(models.MIN_IMAGES), default=256, help=images)
@@ -82,9 +91,16 @@ def main(argv: list[str] | None = None) -> int:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with refused_with(f"--device {device}"):
             torch.empty(0, device=device)
-        images, classes = models.choose_images(args.data_dir, args.num_images, args.seed)
-        networks = [observe(args, images, classes, own, device) for own in read_sources(args)]
-        write(args, output, f"{len(images)} validation images of {classes} classes", networks)
+        sources = read_sources(args)
+        trained = sources[0].settings
+        if args.dataset is None:
+            args.dataset = "" if args.data_dir else trained.get("dataset") or ""
+        images, classes = models.choose_images(
+            args.data_dir, args.num_images, args.seed, args.dataset, trained
+        )
+        networks = [observe(args, images, classes, own, device) for own in sources]
+        told = f"{len(images)} validation images of {classes} classes"
+        write(args, output, told, SCORES[task_of(images)], networks)
     except UsageError as error:
         return report(error)
     return 0
@@ -111,6 +127,12 @@ def read_sources(args: argparse.Namespace) -> list[models.Source]:
     ]
 
 
+def task_of(images: Subset) -> str:
+    """The task, as --task calls it, that the targets of a data set are for."""
+    how = getattr(images.dataset, "target_transform", None)
+    return "multilabel" if isinstance(how, MultiLabelTarget) else "classification"
+
+
 @torch.no_grad()
 def observe(
     args: argparse.Namespace, images: Subset, classes: int, source: models.Source, device: str
@@ -120,25 +142,26 @@ def observe(
     model, data, mode = models.build(args, source, classes)
     every_path = models.find_paths(args.model, model, data["input_size"])
     paths, modules = layers.choose(model, every_path, args.layers)
-    outputs = getattr(model, "num_classes", classes)
-    if not args.no_importance and outputs != classes:
+    outputs, task = getattr(model, "num_classes", classes), task_of(images)
+    trained = source.settings.get("task") or task
+    is_own = (outputs, trained) == (classes, task)
+    if not (args.no_importance or is_own):
+        told = f"{trained} with {outputs} classes, the images are for {task} with {classes}"
         raise UsageError(
-            f"{source.label} tells {outputs} classes apart, the images have {classes}: path "
-            "importance needs its own classes; give --data-dir with those, or --no-importance"
+            f"{source.label} is for {told}: path importance needs its own classes; give "
+            "--data-dir or --dataset with those, or --no-importance"
         )
     model.to(device)
     dropping = [] if args.no_importance else paths
     features: dict[tuple[str, str], Tensor] = {}  # by a key of KINDS and the layer's name
     skipped: set[str] = set()
-    sums: dict[str, Tensor] = {}  # of losses and of right answers, by dropped path, "" for none
+    scored: dict[str, Any] = {}  # timm's evaluators, by dropped path, "" for none
 
     def add_up(name: str, logits: Any, y: Tensor) -> None:
         if isinstance(logits, tuple | list):  # distilled models: one output a head
             logits = torch.stack(list(logits)).mean(0)
-        if outputs == classes:
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            both = torch.stack([loss, (logits.argmax(1) == y).sum()]).double().cpu()
-            sums[name] = sums.get(name, 0) + both
+        if is_own:
+            scored.setdefault(name, EVALUATORS[task](device)).update(logits, y)
         bar.update(len(y))
 
     dataset: Any = images.dataset
@@ -162,15 +185,18 @@ def observe(
             for path in dropping:
                 with layers.dropped(model, path):
                     add_up(path.name, model(x), y)
-    means = {name: (total / count).tolist() for name, total in sums.items()}
-    loss, accuracy = means.pop("", (None, None))
+    means = {}
+    for name, evaluator in scored.items():
+        found = evaluator.compute()
+        means[name] = (found["loss"], found[evaluator.default_metric] / 100)
+    loss, score = means.pop("", (None, None))
     importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
     kinds = {}
     for kind in KINDS:
         own = {n: f for (k, n), f in features.items() if k == kind and n not in skipped}
         if own:
             kinds[kind] = _measure(source.label, own, args.cka == "unbiased")
-    return Network(source.label, kinds, loss, accuracy, importance, skipped)
+    return Network(source.label, kinds, loss, score, importance, skipped)
 
 
 def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[str, Any]:
@@ -190,7 +216,13 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[st
     return found | matrices | {"ranks": [similarity.effective_rank(layer) for layer in own]}
 
 
-def write(args: argparse.Namespace, output: Path, images: str, networks: list[Network]) -> None:
+def write(
+    args: argparse.Namespace,
+    output: Path,
+    images: str,
+    score: tuple[str, str],
+    networks: list[Network],
+) -> None:
     """Figures, tables, summary; `images` says what was passed through the networks."""
     output.mkdir(parents=True, exist_ok=True)
     labels = [network.label for network in networks]
@@ -230,22 +262,23 @@ def write(args: argparse.Namespace, output: Path, images: str, networks: list[Ne
         figures.write_figure(
             output / "importance",
             figures.path_importance(names, rises, labels),
-            ("network", "path", "loss", "accuracy", "loss_rise"),
+            ("network", "path", "loss", score[0], "loss_rise"),
             (
                 (n.label, path, *(f"{value:.6f}" for value in values))
                 for n in networks
                 for path, values in n.importance.items()
             ),
         )
-    text = summary(args, images, networks)
+    text = summary(args, images, score[1], networks)
     (output / "summary.txt").write_text(text)
     print(text)
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def summary(args: argparse.Namespace, images: str, networks: list[Network]) -> str:
+def summary(args: argparse.Namespace, images: str, score: str, networks: list[Network]) -> str:
     """What was measured, as plain text."""
     folder = f"--data-dir {args.data_dir}" if args.data_dir else "the demo (handwritten digits)"
+    folder = args.dataset or folder
     lines = [
         f"{args.model}: {images} from {folder}",
         f"CKA: linear, {args.cka}; positions pooled: {args.pool}; revisit score: 0 where features "
@@ -254,7 +287,7 @@ def summary(args: argparse.Namespace, images: str, networks: list[Network]) -> s
     for network in networks:
         lines += ["", network.label]
         if network.loss is not None:
-            lines.append(f"  loss {network.loss:.4f}, top-1 {network.accuracy:.2%}")
+            lines.append(f"  loss {network.loss:.4f}, {score} {network.score:.2%}")
         for kind, own in network.kinds.items():
             score = "needs 3 layers or more"
             if len(own["names"]) > 2:
