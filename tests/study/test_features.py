@@ -375,7 +375,9 @@ def test_images_of_other_classes_than_the_checkpoints_are_refused(tmp_path, caps
     checkpoint = save_checkpoint(tmp_path / "c.pth.tar", 0)
     argv = ["--model", "test_vit", "--data-dir", str(tmp_path / "data"), "--checkpoint", checkpoint]
     line = refused(capsys, tmp_path, *argv)
-    assert "with 10 classes" in line and "classification with 5" in line and "--no-importance" in line
+    assert (
+        "with 10 classes" in line and "classification with 5" in line and "--no-importance" in line
+    )
 
 
 def test_weights_that_are_not_finite_are_refused(digits_folder, tmp_path, capsys):

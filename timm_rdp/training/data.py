@@ -18,6 +18,7 @@ from timm.data import (
     create_naflex_loader,
 )
 from timm.data.auto_augment import NAME_TO_OP
+from timm.data.loader import adapt_to_chs
 from timm.utils import is_primary
 from torch import nn
 
@@ -57,7 +58,8 @@ def create_data(
     Raises:
         UsageError: a data set cannot be made, or holds more classes than the model has outputs.
     """
-    img_mode = args.input_img_mode or ("RGB" if data_config["input_size"][0] == 3 else "L")
+    channels = data_config["input_size"][0]
+    img_mode = args.input_img_mode or ("RGB" if channels == 3 else "L")
     train = make_dataset(args, img_mode, is_training=True)
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
     # Some data sets tell their classes only once they are made.
@@ -65,8 +67,7 @@ def create_data(
     classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
     check_outputs(len(classes), args.num_classes, args)
     common = dict(
-        mean=data_config["mean"],
-        std=data_config["std"],
+        **{n: adapt_to_chs(data_config[n], channels) for n in ("mean", "std")},
         pin_memory=args.pin_mem,
         img_dtype=model_dtype or torch.float32,
         device=device,

@@ -14,7 +14,6 @@ from timm.layers import set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task.evaluator import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import nn
 
 from timm_rdp import ResidualDropPath, from_args
@@ -26,6 +25,7 @@ from timm_rdp.training.dataset import check_data
 from timm_rdp.training.loop import try_batch
 from timm_rdp.training.model import (
     build_model,
+    eval_metric,
     evaluated_module,
     example_input,
     mixup_active,
@@ -35,11 +35,6 @@ from timm_rdp.training.model import (
 from timm_rdp.training.resume import StopSignals
 
 _logger = logging.getLogger("timm_rdp.training")
-
-EVALUATORS = {
-    "classification": ClassificationEvaluator,
-    "multilabel": MultiLabelClassificationEvaluator,
-}
 
 
 class Parts(NamedTuple):
@@ -255,21 +250,6 @@ def build_task(
         return tasks.TokenDistillationTask(
             distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
         )
-
-
-def eval_metric(args: argparse.Namespace) -> str:
-    """What a run's epochs are ranked by: --eval-metric, else the default of its task.
-
-    Raises:
-        UsageError: the task has no such metric.
-    """
-    evaluator = EVALUATORS[args.task]
-    if args.eval_metric not in (None, *evaluator.metric_names):
-        raise UsageError(
-            f"--eval-metric {args.eval_metric} is not measured with --task {args.task}; choose "
-            f"from {', '.join(evaluator.metric_names)}"
-        )
-    return args.eval_metric or evaluator.default_metric
 
 
 def _patch_model(

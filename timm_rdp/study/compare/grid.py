@@ -19,9 +19,9 @@ from timm_rdp.training.checkpoint import check_weights_files
 from timm_rdp.training.dataset import check_data
 from timm_rdp.training.flags import build_parser as build_training_parser
 from timm_rdp.training.flags import flag
+from timm_rdp.training.model import eval_metric
 from timm_rdp.training.options import parse_args, read_config
 from timm_rdp.training.saver import write_atomically
-from timm_rdp.training.setup import eval_metric
 
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")

@@ -19,7 +19,7 @@ from timm_rdp.study import figures
 from timm_rdp.study.features import layers, models, similarity
 from timm_rdp.study.options import at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED
-from timm_rdp.training.setup import EVALUATORS
+from timm_rdp.training.model import EVALUATORS
 
 KINDS = {"paths": "path outputs", "blocks": "block outputs"}
 MAX_CHECKPOINTS = 6
@@ -185,10 +185,7 @@ def observe(
             for path in dropping:
                 with layers.dropped(model, path):
                     add_up(path.name, model(x), y)
-    means = {}
-    for name, evaluator in scored.items():
-        found = evaluator.compute()
-        means[name] = (found["loss"], found[evaluator.default_metric] / 100)
+    means = {name: _loss_and_score(evaluator) for name, evaluator in scored.items()}
     loss, score = means.pop("", (None, None))
     importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
     kinds = {}
@@ -197,6 +194,11 @@ def observe(
         if own:
             kinds[kind] = _measure(source.label, own, args.cka == "unbiased")
     return Network(source.label, kinds, loss, score, importance, skipped)
+
+
+def _loss_and_score(evaluator: Any) -> tuple[float, float]:
+    found = evaluator.compute()
+    return found["loss"], found[evaluator.default_metric] / 100
 
 
 def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[str, Any]:
