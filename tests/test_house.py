@@ -19,7 +19,7 @@ OF_CORE = {*sys.stdlib_module_names, "torch", "timm", f"{PACKAGE}.core"}
 
 LINES_OF_FILE = 320
 LINES_OF_FUNCTION = 60
-LINES_OF_ROOM = {"": 10700, "core": 1900, "launch": 430, "training": 3960, "study": 3500}
+LINES_OF_ROOM = {"": 10700, "core": 1910, "launch": 430, "training": 3960, "study": 3500}
 FILES_OF_TRAINING = 16
 
 

@@ -202,6 +202,10 @@ def test_variants_differ_in_their_drop_path_alone(stubbed):
         "droppath-batch-0.1-seed0": "--drop-path 0.1 --rdp --rdp-every 1000000000",
         "rdp-0.1-seed0": f"--drop-path 0.1 {rdp}",
         "rdp-next-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-batch next",
+        "rdp-random-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-second random",
+        "rdp-unfrozen-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-second all",
+        "droppath-early-0.1-seed0": "--drop-path 0.1 --drop-path-schedule early",
+        "droppath-late-0.1-seed0": "--drop-path 0.1 --drop-path-schedule late",
     }
 
 
@@ -414,6 +418,8 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
     grid = compare_grid.same_grid(stubbed.output, options)
     variants = ["plain", "droppath", "rdp"]
     compare_grid.check_runs(options, variants, [0.4], grid)
+    assert compare_grid.flops_of_epochs(grid, "rdp-random", 0.4, 3) is None
+    compare_grid.check_runs(options, [*variants, "rdp-random"], [0.4], grid)
     update, droppath, complement, share = spent(0.4, cycles)
     both = droppath + share * complement
     expected = {  # of 3 epochs of 5 batches
@@ -422,11 +428,15 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
         "droppath-batch": 15 * droppath,
         "rdp": 15 * both,
         "rdp-next": 15 * both / (1 + share),
+        "rdp-unfrozen": 15 * (droppath + share * update),
+        "droppath-late": 15 * update,
     }
     for variant, value in expected.items():
         rate = None if variant == "plain" else 0.4
         counted = compare_grid.flops_of_epochs(grid, variant, rate, 3)
         assert counted == pytest.approx(value, rel=0.01), variant
+    random = compare_grid.flops_of_epochs(grid, "rdp-random", 0.4, 3)
+    assert 15 * droppath < random < 15 * (droppath + share * update)
     grid["options"]["rdp_start_epoch"] = 2
     late = compare_grid.flops_of_epochs(grid, "rdp", 0.4, 3)
     assert late == pytest.approx(10 * update + 5 * both, rel=0.01)
@@ -830,6 +840,9 @@ def test_runs_are_found_by_name_and_other_folders_left_alone(finished):
         (["--drop-paths", "0.1", "0.1"], ("--drop-paths", "twice")),
         (["--seed", "3"], ("--seed ", "--first-seed")),
         (["--rdp"], ("--rdp ", "--variants")),
+        (["--rdp-second", "all"], ("--rdp-second ", "--variants")),
+        (["--drop-path-schedule", "late"], ("--drop-path-schedule ", "--variants")),
+        (["--initial-checkpoint", "no.pth"], ("--initial-checkpoint no.pth",)),
         (["--drop-path", "0.2"], ("--drop-path ", "--drop-paths")),
         (["--experiment", "x"], ("--experiment", "--output")),
         (["--resume", "x"], ("--resume", "same command")),

@@ -146,13 +146,18 @@ class ResidualDropPath:
         if self._phase == DROPPATH:
             kept = sample_masks(self.seed, self._cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-        carried = self.dropped_part(dropped)
+        complement = self._phase == COMPLEMENT
+        part = self._second_part(dropped) if complement else self.dropped_part(dropped)
         trainable = frozenset(
             name
             for name, parameter in self._parameters.items()
-            if parameter.requires_grad and (name in carried) is (self._phase == COMPLEMENT)
+            if parameter.requires_grad and (name in part) is complement
         )
         return Iteration(self._enter, self._leave, self._phase, self._cycle, dropped, trainable)
+
+    def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
+        """What a cycle that dropped these paths trains second; ablations override it."""
+        return self.dropped_part(dropped)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -297,7 +302,7 @@ class ResidualDropPath:
 
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
-            carried = self.dropped_part(it.dropped)
+            carried = self._second_part(it.dropped)
             if any(self._parameters[name].requires_grad for name in carried):
                 self._phase = COMPLEMENT
                 return

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from timm import task as tasks
 from timm import utils
-from timm.layers import set_fast_norm
+from timm.layers import DropPath, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -52,6 +52,8 @@ class Parts(NamedTuple):
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     last_epoch: int  # that is trained, counted from 1
+    num_epochs: int  # of the schedule
+    drop_rates: dict[DropPath, float]  # of the DropPaths, where --drop-path-schedule varies them
     rdp: ResidualDropPath | None
     stop: StopSignals
     stream: DataStream | None  # of --data-seed
@@ -83,6 +85,7 @@ def set_up(args: argparse.Namespace) -> Parts:
     task = build_task(args, model, loss, device, dtype)
     if not args.resume:
         try_batch(args, task, data, data_config["input_size"], device, dtype, autocast)
+    drop_rates = _scheduled_rates(args, evaluated_module(task))
     rdp = _patch_model(args, task, data_config)
     optimizer = _create_optimizer(args, task)
 
@@ -113,8 +116,8 @@ def set_up(args: argparse.Namespace) -> Parts:
         )
     return Parts(
         device, dtype, autocast, loss_scaler, task, data, data_config, updates_per_epoch,
-        metric, optimizer, lr_scheduler, last_epoch, rdp, StopSignals(args.distributed),
-        stream, samplers, checkpoint, resume_epoch,
+        metric, optimizer, lr_scheduler, last_epoch, num_epochs, drop_rates, rdp,
+        StopSignals(args.distributed), stream, samplers, checkpoint, resume_epoch,
     )  # fmt: skip
 
 
@@ -250,6 +253,18 @@ def build_task(
         return tasks.TokenDistillationTask(
             distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common
         )
+
+
+def _scheduled_rates(args: argparse.Namespace, model: nn.Module) -> dict[DropPath, float]:
+    if args.drop_path_schedule == "constant":
+        return {}
+    rates = {m: float(m.drop_prob) for m in model.modules() if isinstance(m, DropPath)}
+    if not any(rates.values()):
+        raise UsageError(
+            f"--drop-path-schedule {args.drop_path_schedule}: {args.model} drops no path; give "
+            "--drop-path 0.1"
+        )
+    return rates
 
 
 def _patch_model(

@@ -26,10 +26,11 @@ from timm_rdp.training.saver import write_atomically
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 DEFAULT_RATE = 0.1
+_BY_VARIANT = ("rdp", "rdp_batch", "rdp_second", "skip_dropped", "drop_path_schedule")
 # Training flags that differ from run to run, and what to give to compare in their place.
 SET_HERE = {
     **dict.fromkeys(("seed", "data_seed", "rdp_seed"), "--first-seed and --seeds"),
-    **dict.fromkeys(("rdp", "rdp_batch", "skip_dropped"), "--variants"),
+    **dict.fromkeys(_BY_VARIANT, "--variants"),
     **dict.fromkeys(("resume", "no_resume_opt", "start_epoch"), "the same command again"),
     "drop_path": "--drop-paths",
     "experiment": "--output",
@@ -56,7 +57,7 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
     for name in FOR_RDP:
         if name in typed and RDP_VARIANTS.isdisjoint(variants):
-            raise UsageError(f"{flag(name)} {typed[name]} needs rdp or rdp-next in --variants")
+            raise UsageError(f"{flag(name)} {typed[name]} needs rdp or the like in --variants")
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     # Whatever the config says of these: its other options are checked.
     neutral = ["--seed", "0", "--drop-path", str(DEFAULT_RATE), "--resume", ""]
@@ -173,10 +174,11 @@ def check_runs(
     check_weights_files(options)
     counted = rates if set(variants) != {"plain"} else ()
     for rate in (*counted, *([0.0] if "plain" in variants else ())):
-        if (key := str(rate or "plain")) not in grid["costs"]:
+        key, random = str(rate or "plain"), bool(rate) and "rdp-random" in variants
+        if key not in grid["costs"] or (random and "random" not in grid["costs"][key]):
             args = argparse.Namespace(**{**vars(options), "drop_path": rate})
             model, data_config, batches = cost.build_on_meta(args)
-            grid["costs"][key] = cost.count_costs(args, model, data_config)
+            grid["costs"][key] = cost.count_costs(args, model, data_config, random)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
     for rate in rates if MATCHED in variants else ():
         if str(rate) not in grid["matched_epochs"]:
@@ -203,6 +205,9 @@ def flops_of_epochs(
     if variant in RDP_VARIANTS:
         early = min(options["rdp_start_epoch"], epochs)
         complements = costs["complements"] / options["rdp_every"]
-        own = costs["droppath"] + complements * costs["complement"]
+        second = {"rdp-random": "random", "rdp-unfrozen": "update"}.get(variant, "complement")
+        if costs.get(second) is None:  # of a grid that was begun without that variant
+            return None
+        own = costs["droppath"] + complements * costs[second]
         own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)

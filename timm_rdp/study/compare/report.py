@@ -16,7 +16,7 @@ from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, s
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS
 from timm_rdp.training.saver import write_atomically
 
-_TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
+_TONES = (5, 1, 2, 3, 0, 4, 1, 3, 4, 2)  # of VARIANTS
 
 
 def write_report(output: Path, pick: str = "last") -> str:

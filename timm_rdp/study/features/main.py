@@ -187,7 +187,7 @@ def observe(
                     add_up(path.name, model(x), y)
     means = {name: _loss_and_score(evaluator) for name, evaluator in scored.items()}
     loss, score = means.pop("", (None, None))
-    importance = {name: (a, b, a - loss) for name, (a, b) in means.items()}
+    importance = {name: (a, b, a - (loss or 0.0)) for name, (a, b) in means.items()}
     kinds = {}
     for kind in KINDS:
         own = {n: f for (k, n), f in features.items() if k == kind and n not in skipped}
