@@ -27,6 +27,7 @@ from timm_rdp.study import figures
 from timm_rdp.study.compare import cost as compare_cost
 from timm_rdp.study.compare import grid as compare_grid
 from timm_rdp.study.compare import main as compare
+from timm_rdp.study.compare import measured as compare_measured
 from timm_rdp.study.compare import report as compare_report
 from timm_rdp.study.compare import runs as compare_runs
 from timm_rdp.study.compare.cost import flop_counter
@@ -960,3 +961,74 @@ def test_a_lower_loss_is_better(stubbed, capsys, monkeypatch):
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("- rdp - droppath at 0.1: -0.97 in loss") and "rdp is better." in first
     assert "| loss |" in (stubbed.output / "table.md").read_text()
+
+
+# Measures
+
+
+def test_runs_are_measured_from_their_checkpoints_once(
+    tmp_path, digits_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare_cost, "FLOP_CYCLES", 2)
+    output = tmp_path / "out"
+    command = [*recipe(digits_folder), "--output", str(output), "--drop-paths", "0.5"]
+    command += ["--variants", "plain", "rdp", "--seeds", "1", "--epochs", "1", "--measure", "40"]
+    assert compare.main(command) == 0
+    names = compare_measured.NAMES
+    rows = read(output / "runs.csv")
+    for row in rows:  # with all images, without removing any, the accuracy is that of validation
+        rate = "" if row["variant"] == "plain" else "-0.5"
+        found = json.loads(
+            (output / f"runs/{row['variant']}{rate}-seed0.measures.json").read_text()
+        )
+        assert found["score"] == pytest.approx(float(row["top1"]) / 100)
+        assert found["removed"]["0"] == [found["score"]] * 5
+        assert all(float(row[name]) == pytest.approx(found[name]) for name in names)
+    table = {row["variant"]: row for row in read(output / "table.csv")}
+    assert float(table["rdp"]["nll"]) == pytest.approx(float(rows[1]["nll"]))
+    text = (output / "table.md").read_text()
+    assert "| NLL | ECE | ECE scaled |" in text and "on 40 validation images" in text
+    curve = [row for row in read(output / "removal.csv") if row["variant"] == "rdp"]
+    assert [row["paths_removed"] for row in curve] == [str(k) for k in range(13)]
+    assert (output / "removal.png").stat().st_size > 5000
+    # FLOPs of a network that has no such blocks at all, counted by torch.
+    flops = {}
+    for depth in (0, 3, 6):
+        model = timm.create_model("test_vit", img_size=32, num_classes=10, depth=depth).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+        flops[depth] = counter.get_total_flops()
+    assert float(curve[0]["flops_even"]) == flops[6]
+    assert float(curve[12]["flops_even"]) == flops[0]
+    assert flops[0] < float(curve[6]["flops_even"]) < flops[6]
+    before = state(output / "runs")
+    assert compare.main(command) == 0 and state(output / "runs") == before
+    (output / "runs" / "plain-seed0.measures.json").write_text("{")
+    capsys.readouterr()
+    assert compare.main(["--report", str(output)]) == 2
+    assert "plain-seed0.measures.json is damaged" in capsys.readouterr().err
+
+
+def test_all_variants_start_from_the_initial_checkpoint(stubbed, tmp_path):
+    model = timm.create_model("test_vit", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    more = ("--initial-checkpoint", tmp_path / "start.pth", "--seeds", 1, "--epochs", 1)
+    assert stubbed("--variants", *compare_runs.VARIANTS, *more) == 0
+    assert len(stubbed.calls()) == len(compare_runs.VARIANTS)
+    recipe_of_all = yaml.safe_load((stubbed.output / "recipe.yaml").read_text())
+    assert recipe_of_all["initial_checkpoint"] == str(tmp_path / "start.pth")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--measure", "3"], ("--measure 3", "at least 16")),
+        (["--measure", "40", "--dataset", "wds/x"], ("--measure", "--dataset wds/x")),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(more, words, digits_folder, tmp_path, capsys):
+    command = [*recipe(digits_folder), "--output", str(tmp_path / "out"), *more]
+    assert compare.main(command) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []

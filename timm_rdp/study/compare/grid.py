@@ -191,6 +191,14 @@ def check_runs(
             grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
 
 
+def check_measurable(options: argparse.Namespace) -> None:
+    """Raises UsageError where the validation images of a data set cannot be chosen one by one."""
+    stream = options.dataset.lower().startswith(("tfds/", "wds/", "hfids/"))
+    if stream or options.naflex_loader:
+        what = f"--dataset {options.dataset}" if stream else "--naflex-loader"
+        raise UsageError(f"--measure reads images one by one: cannot be combined with {what}")
+
+
 def flops_of_epochs(
     grid: dict[str, Any], variant: str, rate: float | None, epochs: int
 ) -> float | None:

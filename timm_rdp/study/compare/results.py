@@ -10,6 +10,7 @@ from typing import Any
 
 from timm_rdp.study.compare import runs
 from timm_rdp.study.compare.grid import flops_of_epochs, metric_of
+from timm_rdp.study.compare.measured import NAMES, read_measures
 
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
@@ -46,6 +47,9 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
                 measured = {name: float(row[column]) for column, name in names.items()}
                 if not all(map(math.isfinite, measured.values())):
                     raise ValueError(f"not finite: {row}")
+        if grid.get("measure"):
+            found = read_measures(folder, grid["measure"])
+            measured |= {name: found.get(name) for name in NAMES}
         flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
         found = record | measured | {"flops": flops}
         place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
@@ -99,11 +103,16 @@ def _summary(results: Sequence[Result], metric: str) -> dict[str, Any]:
     counts["unfinished"] = len(results) - len(done) - sum(counts.values())
     n, mean, sd, low, high = mean_of(list(scores.values()))
     seconds = [r["seconds"] for r in done if r["seconds"] is not None]
+    measured = {}
+    for name in NAMES if NAMES[0] in results[0] else ():
+        values = [r[name] for r in done if r[name] is not None]
+        measured[name] = statistics.fmean(values) if values else None
     return {
         **{"epochs": done[0]["epochs"] if done else None, "seeds": n, **counts},
         **{"mean": mean, "sd": sd, "low": low, "high": high, "scores": scores},
         "seconds": statistics.median(seconds) if seconds else None,
         "flops": done[0]["flops"] if done else None,
+        **measured,
     }
 
 

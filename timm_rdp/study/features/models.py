@@ -76,10 +76,15 @@ def choose_images(
             f"--data-dir {root} has {len(dataset)} validation images: too few to compare layers "
             f"(CKA); give {MIN_IMAGES} or more"
         )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    images = Subset(dataset, order[:count].sort().values.tolist())
+    images = draw(dataset, count, seed)
     known = getattr(dataset, "classes", None) or getattr(dataset.reader, "class_to_idx", None)
     return images, len(known or ()) or args.num_classes or 0
+
+
+def draw(dataset: Any, count: int, seed: int) -> Subset:
+    """At most `count` samples of a data set, drawn with a seed, in their order."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return Subset(dataset, order[:count].sort().values.tolist())
 
 
 @dataclass
