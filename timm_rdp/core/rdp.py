@@ -125,10 +125,9 @@ class ResidualDropPath:
         return self
 
     def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
-        """D(names): names of the parameters that reach the output only through these paths.
+        """D(names): the parameters that reach the output only through these paths, by name.
 
-        Raises:
-            ValueError: a name is not that of a path.
+        Raises ValueError where a name is not that of a path.
         """
         return self._graph.dropped_part(names)
 
@@ -153,13 +152,18 @@ class ResidualDropPath:
         if self.phase == DROPPATH:
             kept = sample_masks(self.seed, self.current_cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-        carried = self.dropped_part(dropped)
+        complement = self.phase == COMPLEMENT
+        part = self._second_part(dropped) if complement else self.dropped_part(dropped)
         trainable = frozenset(
             name
             for name, parameter in self._patch.parameters.items()
-            if parameter.requires_grad and (name in carried) is (self.phase == COMPLEMENT)
+            if parameter.requires_grad and (name in part) is complement
         )
         return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
+
+    def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
+        """What a cycle that dropped these paths trains second; ablations override it."""
+        return self.dropped_part(dropped)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -220,8 +224,7 @@ class ResidualDropPath:
         self._close("load_state_dict")
         own = (state[name] for name in ("seed", "every", "cycle", "phase"))
         self.seed, self.every, self.current_cycle, self.phase = own
-        self._dropped = frozenset(state["dropped"])
-        self.masks = dict(state["masks"])
+        self._dropped, self.masks = frozenset(state["dropped"]), dict(state["masks"])
 
     def attach(
         self,
@@ -259,11 +262,8 @@ class ResidualDropPath:
     def pause(self) -> Iterator[None]:
         """Within it the model is the unpatched one, whatever iteration is open.
 
-        It is for forwards in train mode that no optimizer step follows, in an attached loop above
-        all, where each would begin an iteration.
-
-        Raises:
-            RuntimeError: an iteration is entered within it.
+        It is for forwards in train mode that no optimizer step follows, above all in an attached
+        loop, where each would begin an iteration; to enter one within it is a RuntimeError.
         """
         it, paused = self._active, self._paused
         self._active, self._paused = None, True
@@ -313,7 +313,7 @@ class ResidualDropPath:
 
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
-            carried = self.dropped_part(it.dropped)
+            carried = self._second_part(it.dropped)
             if any(self._patch.parameters[name].requires_grad for name in carried):
                 self.phase = COMPLEMENT
                 return
