@@ -1,5 +1,6 @@
 """docs/your_own_script.md: what it shows is applied, and run, as shown."""
 
+import difflib
 import re
 import runpy
 import sys
@@ -27,16 +28,19 @@ def block(label: str) -> str:
 
 
 def patched(script: str, diff: str) -> str:
-    """The script after a diff whose hunks are found by their text."""
-    _, *hunks = re.split(r"^@@\n", diff, flags=re.MULTILINE)
+    """The script after a unified diff, which `patch` takes too: its line numbers are right."""
+    header, *hunks = re.split(r"^@@ .* @@\n", diff, flags=re.MULTILINE)
+    changed = script
     for hunk in hunks:
         lines = hunk.splitlines()
-        assert {line[0] for line in lines} <= set(" +-")
         old = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
         new = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
-        assert script.count(old) == 1, old
-        script = script.replace(old, new)
-    return script
+        assert changed.count(old) == 1, old
+        changed = changed.replace(old, new)
+    names = re.findall(r"^(?:---|\+\+\+) (\S+)", header, re.MULTILINE)
+    before, after = (text.splitlines(keepends=True) for text in (script, changed))
+    assert diff == "".join(difflib.unified_diff(before, after, *names))
+    return changed
 
 
 class Recipe:
