@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 TRAIN_PER_CLASS = 8
 VAL_PER_CLASS = 4
+LABELS = ("odd", "large", "prime", "triple")
 
 # The tests share the cores among processes, and their models are tiny. The number of threads can
 # change the last bit, so the processes that tests start have as many.
@@ -48,6 +49,31 @@ def write_digits(folder: Path, classes, train=TRAIN_PER_CLASS, val=VAL_PER_CLASS
             target.mkdir(parents=True, exist_ok=True)
             grey = (digits.images[index] * (255 / 16)).round().astype("uint8")
             Image.fromarray(grey).save(target / f"{index:04d}.png")
+
+
+@pytest.fixture(scope="session")
+def labels(digits_folder, tmp_path_factory):
+    """The digits as a Hugging Face data set, and the flags that read it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("labels")
+    for split in ("train", "validation"):
+        data = {name: [] for name in ("image", "labels", "vector", *LABELS)}
+        for path in sorted((digits_folder / split).rglob("*.png")):
+            digit = int(path.parent.name)
+            holds = [digit % 2 == 1, digit > 4, digit in (2, 3, 5, 7), digit % 3 == 0]
+            data["image"].append({"bytes": path.read_bytes(), "path": path.name})
+            data["labels"].append([i for i, hold in enumerate(holds) if hold])
+            data["vector"].append([float(hold) for hold in holds])
+            for name, hold in zip(LABELS, holds, strict=True):
+                data[name].append(hold)
+        table = datasets.Dataset.from_dict(data).cast_column("image", datasets.Image())
+        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return (
+        f"--task multilabel --dataset hfds/{folder} --num-classes 4 --target-key labels "
+        f"--data-dir {folder / 'cache'}"
+    ).split()
 
 
 @pytest.fixture

@@ -190,6 +190,38 @@ DISTRIBUTED_EXPLICIT = DISTRIBUTED.replace(
 )
 
 
+def with_explicit_cycles(script: str) -> str:
+    """TIMM_STYLE with the cycles of ResidualDropPath written into it by hand."""
+    begin, end = (
+        script.index(text) for text in ("            loss = task(", "            updates += 1")
+    )
+    body = script[begin:end].replace("            losses.append(loss.item())\n", "")
+    body = body.replace(
+        "            if (batch + 1) % args.accumulate:\n                continue\n", ""
+    )
+    body = "".join(f"        {line}\n" for line in body.splitlines())
+    cycle = (
+        "            for it in rdp.cycle():\n"
+        "                with it:\n"
+        f"{body}"
+        "                if it.phase == 'droppath':\n"
+        "                    losses.append(loss.item())\n"
+    )
+    script = script[:begin] + cycle + script[end:]
+    lines = {
+        "    optimizer = create_optimizer_v2(": "    from timm_rdp import ResidualDropPath\n"
+        "    rdp = ResidualDropPath(model, seed=args.seed)\n"
+        "    optimizer = create_optimizer_v2(",
+        "    updates_per_epoch =": "    if args.compile:\n"
+        "        rdp.follow(task.get_trainable_module())\n"
+        "    updates_per_epoch =",
+    }
+    for old, new in lines.items():
+        assert script.count(old) == 1
+        script = script.replace(old, new)
+    return script
+
+
 def with_explicit_iterations(script: str, example: str = "None") -> str:
     """TIMM_STYLE with ResidualDropPath written into it by hand.
 

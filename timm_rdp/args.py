@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.core.skip_dropped import skip_dropped
 from timm_rdp.errors import UsageError, nearest
@@ -56,6 +57,33 @@ def show_defaults(parser: Parser) -> Parser:
     return parser
 
 
+class RandomSecond(ResidualDropPath):
+    """Ablation: trains second what as many paths carry, drawn independently of the dropped ones.
+
+    They come from the same rates, given their number, as a pure function of seed and cycle.
+    """
+
+    def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
+        rates = [path.drop_prob for path in self.paths]
+        for attempt in range(10_000):  # as many as there are paths on average
+            kept = sample_masks(self.seed, self.current_cycle, rates, f" second {attempt}")
+            if kept.count(False) == len(dropped):
+                names = (path.name for path, k in zip(self.paths, kept, strict=True) if not k)
+                return self.dropped_part(names)
+        return self.dropped_part(dropped)  # rates have changed since, and allow no such number
+
+
+class AllSecond(ResidualDropPath):
+    """Ablation: trains everything second, wherever something was dropped."""
+
+    def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
+        return frozenset(self._patch.parameters if dropped else ())
+
+
+# What the second iteration of a cycle trains, by --rdp-second.
+SECOND = {"dropped": ResidualDropPath, "random": RandomSecond, "all": AllSecond}
+
+
 def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the option group `ResidualDroppath` to a parser, and return the group."""
     group = parser.add_argument_group("ResidualDroppath")
@@ -81,6 +109,13 @@ def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default=0,
         metavar="N",
         help="train with timm's own DropPath before epoch N (default: 0)",
+    )
+    add(
+        "--rdp-second",
+        choices=tuple(SECOND),
+        default="dropped",
+        help="what the second iteration trains; ablations: a random part of that size, or all "
+        "(default: dropped)",
     )
     add("--rdp-seed", type=int, metavar="N", help="seed of the masks (default: --seed)")
     add(
@@ -119,7 +154,8 @@ def from_args(
         return None
     seeds = (args.rdp_seed, getattr(args, "seed", None), 0)
     seed = next(s for s in seeds if s is not None)
-    rdp = ResidualDropPath(model, seed=seed, every=args.rdp_every, example_input=example_input)
+    kind = SECOND[getattr(args, "rdp_second", "dropped")]
+    rdp = kind(model, seed=seed, every=args.rdp_every, example_input=example_input)
     if rdp.non_residual:
         _logger.info(
             f"ResidualDroppath leaves {len(rdp.non_residual)} of the model's "

@@ -14,6 +14,7 @@ from launched_scripts import (
     DISTRIBUTED_EXPLICIT,
     PLAIN,
     TIMM_STYLE,
+    with_explicit_cycles,
     with_explicit_iterations,
 )
 from ranks import Ranks
@@ -124,7 +125,7 @@ def test_a_timm_style_script_equals_the_one_with_iterations_written_into_it(scri
     if "--compile" in args:
         torch.compiler.reset()
     args = ["--drop-path", 0.4, "--seed", 42, *args]
-    launched = scripts.saved_by(TIMM_STYLE, *args, "--rdp")
+    launched = scripts.saved_by(TIMM_STYLE, *args, "--rdp", "--rdp-batch", "next")
     example = "torch.empty(2, 3, 32, 32)" if "feature" in args else "None"
     explicit = scripts.saved_by(with_explicit_iterations(TIMM_STYLE, example), *args)
     plain = scripts.saved_by(TIMM_STYLE, *args)
@@ -367,6 +368,31 @@ def test_a_script_that_cannot_be_taken_over_ends_with_one_line_and_status_2(
     assert expected in scripts.refused(script, "--rdp")
 
 
+@pytest.mark.parametrize(
+    "args",
+    [[], ["--opt", "lamb"], ["--distill", "logit"], ["--compile", "eager"]],
+    ids=" ".join,
+)
+def test_a_script_with_timms_task_trains_each_batch_in_a_full_cycle(scripts, args):
+    if "--compile" in args:
+        torch.compiler.reset()
+    args = ["--drop-path", 0.4, "--seed", 42, *args]
+    launched = scripts.saved_by(TIMM_STYLE, *args, "--rdp")
+    assert "is a cycle (same)" in scripts.err
+    explicit = scripts.saved_by(with_explicit_cycles(TIMM_STYLE), *args)
+    for key in MODEL_STATES:
+        assert same_bits(launched.get(key), explicit.get(key)), key
+    assert same_bits(launched["optimizer"]["state"], explicit["optimizer"]["state"])
+    assert launched["losses"] == explicit["losses"]
+
+
+def test_same_is_refused_where_the_loss_cannot_be_found(scripts):
+    line = scripts.refused(
+        PLAIN, "--drop-path", 0.4, "--out", "out", "--rdp", "--rdp-batch", "same"
+    )
+    assert "timm.task" in line
+
+
 def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
     indented = LOOP.replace("0.4", "0.0").replace("\n", "\n    ")
     script = f"try:\n    {indented}\nexcept Exception:\n    pass\n"
@@ -376,7 +402,6 @@ def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--rdp", "--rdp-batch", "same"], "only the script can go through its loop body"),
         (["--rdp-every", "2"], "--rdp-every needs --rdp"),
         (["--rdp", "--rdp-every", "0"], "--rdp-every 0 must be a whole number of at least 1"),
         (
@@ -453,8 +478,7 @@ def test_help_shows_the_options_of_the_launcher_and_of_the_script(scripts, capsy
     assert "--rdp-every" in scripts.out and "--updates" in scripts.out
     assert main(["--help"]) == 0
     help_ = capsys.readouterr().out
-    assert "--rdp-model" in help_ and "always next here" in help_
-    assert "default: same" not in help_ + scripts.out
+    assert "--rdp-model" in help_ and "less accurate" in help_
 
 
 def test_every_hook_is_taken_back(scripts):

@@ -27,6 +27,7 @@ from timm_rdp.study import figures
 from timm_rdp.study.compare import cost as compare_cost
 from timm_rdp.study.compare import grid as compare_grid
 from timm_rdp.study.compare import main as compare
+from timm_rdp.study.compare import measured as compare_measured
 from timm_rdp.study.compare import report as compare_report
 from timm_rdp.study.compare import runs as compare_runs
 from timm_rdp.study.compare.cost import flop_counter
@@ -202,6 +203,10 @@ def test_variants_differ_in_their_drop_path_alone(stubbed):
         "droppath-batch-0.1-seed0": "--drop-path 0.1 --rdp --rdp-every 1000000000",
         "rdp-0.1-seed0": f"--drop-path 0.1 {rdp}",
         "rdp-next-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-batch next",
+        "rdp-random-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-second random",
+        "rdp-unfrozen-0.1-seed0": f"--drop-path 0.1 {rdp} --rdp-second all",
+        "droppath-early-0.1-seed0": "--drop-path 0.1 --drop-path-schedule early",
+        "droppath-late-0.1-seed0": "--drop-path 0.1 --drop-path-schedule late",
     }
 
 
@@ -414,6 +419,8 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
     grid = compare_grid.same_grid(stubbed.output, options)
     variants = ["plain", "droppath", "rdp"]
     compare_grid.check_runs(options, variants, [0.4], grid)
+    assert compare_grid.flops_of_epochs(grid, "rdp-random", 0.4, 3) is None
+    compare_grid.check_runs(options, [*variants, "rdp-random"], [0.4], grid)
     update, droppath, complement, share = spent(0.4, cycles)
     both = droppath + share * complement
     expected = {  # of 3 epochs of 5 batches
@@ -422,11 +429,15 @@ def test_flops_are_those_of_real_passes_over_the_same_masks(stubbed, monkeypatch
         "droppath-batch": 15 * droppath,
         "rdp": 15 * both,
         "rdp-next": 15 * both / (1 + share),
+        "rdp-unfrozen": 15 * (droppath + share * update),
+        "droppath-late": 15 * update,
     }
     for variant, value in expected.items():
         rate = None if variant == "plain" else 0.4
         counted = compare_grid.flops_of_epochs(grid, variant, rate, 3)
         assert counted == pytest.approx(value, rel=0.01), variant
+    random = compare_grid.flops_of_epochs(grid, "rdp-random", 0.4, 3)
+    assert 15 * droppath < random < 15 * (droppath + share * update)
     grid["options"]["rdp_start_epoch"] = 2
     late = compare_grid.flops_of_epochs(grid, "rdp", 0.4, 3)
     assert late == pytest.approx(10 * update + 5 * both, rel=0.01)
@@ -830,6 +841,9 @@ def test_runs_are_found_by_name_and_other_folders_left_alone(finished):
         (["--drop-paths", "0.1", "0.1"], ("--drop-paths", "twice")),
         (["--seed", "3"], ("--seed ", "--first-seed")),
         (["--rdp"], ("--rdp ", "--variants")),
+        (["--rdp-second", "all"], ("--rdp-second ", "--variants")),
+        (["--drop-path-schedule", "late"], ("--drop-path-schedule ", "--variants")),
+        (["--initial-checkpoint", "no.pth"], ("--initial-checkpoint no.pth",)),
         (["--drop-path", "0.2"], ("--drop-path ", "--drop-paths")),
         (["--experiment", "x"], ("--experiment", "--output")),
         (["--resume", "x"], ("--resume", "same command")),
@@ -911,4 +925,110 @@ def test_a_missing_library_is_named_with_how_to_install_it(missing, monkeypatch,
     assert compare.main(["--output", str(tmp_path / "out")]) == 2
     _, err = capsys.readouterr()
     assert missing in err and 'pip install "timm-rdp[demo]"' in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# Several labels an image
+
+
+def test_multilabel_runs_are_compared_by_their_own_metric_which_is_named(
+    labels, digits_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare_cost, "FLOP_CYCLES", 2)
+    output = tmp_path / "out"
+    more = ["--output", str(output), "--drop-paths", "0.5", "--seeds", "1", "--epochs", "1"]
+    assert compare.main([*recipe(digits_folder), *labels, *more]) == 0
+    assert "points, one seed" in capsys.readouterr().out
+    for row in read(output / "runs.csv"):
+        folder = output / "runs" / f"{row['variant']}-0.5-seed0"
+        own = read(folder / "summary.csv")[-1]
+        assert float(row["map"]) == pytest.approx(float(own["eval_map"])) and "top1" not in row
+    text = (output / "table.md").read_text()
+    assert "| map, % |" in text and "Map is in per cent" in text and "op-1" not in text
+    argv = [*recipe(digits_folder), *labels, *more, "--eval-metric", "top1"]
+    argv[argv.index("--output") + 1] = str(tmp_path / "never")
+    assert compare.main(argv) == 2
+    assert "--eval-metric top1" in capsys.readouterr().err and not (tmp_path / "never").exists()
+
+
+def test_a_lower_loss_is_better(stubbed, capsys, monkeypatch):
+    losses = {"droppath": [2.0, 2.1, 2.2], "rdp": [1.0, 1.2, 1.2]}
+    plan = {f"{v}-0.1-seed{s}": {"top1": [x]} for v, xs in losses.items() for s, x in enumerate(xs)}
+    monkeypatch.setattr(
+        sys.modules[__name__], "STUB", STUB.replace("eval_loss,eval_top1", "eval_top1,eval_loss")
+    )
+    assert stubbed("--seeds", 3, "--eval-metric", "loss", plan=plan) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("- rdp - droppath at 0.1: -0.97 in loss") and "rdp is better." in first
+    assert "| loss |" in (stubbed.output / "table.md").read_text()
+
+
+# Measures
+
+
+def test_runs_are_measured_from_their_checkpoints_once(
+    tmp_path, digits_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare_cost, "FLOP_CYCLES", 2)
+    output = tmp_path / "out"
+    command = [*recipe(digits_folder), "--output", str(output), "--drop-paths", "0.5"]
+    command += ["--variants", "plain", "rdp", "--seeds", "1", "--epochs", "1", "--measure", "40"]
+    assert compare.main(command) == 0
+    names = compare_measured.NAMES
+    rows = read(output / "runs.csv")
+    for row in rows:  # with all images, without removing any, the accuracy is that of validation
+        rate = "" if row["variant"] == "plain" else "-0.5"
+        found = json.loads(
+            (output / f"runs/{row['variant']}{rate}-seed0.measures.json").read_text()
+        )
+        assert found["score"] == pytest.approx(float(row["top1"]) / 100)
+        assert found["removed"]["0"] == [found["score"]] * 5
+        assert all(float(row[name]) == pytest.approx(found[name]) for name in names)
+    table = {row["variant"]: row for row in read(output / "table.csv")}
+    assert float(table["rdp"]["nll"]) == pytest.approx(float(rows[1]["nll"]))
+    text = (output / "table.md").read_text()
+    assert "| NLL | ECE | ECE scaled |" in text and "on 40 validation images" in text
+    curve = [row for row in read(output / "removal.csv") if row["variant"] == "rdp"]
+    assert [row["paths_removed"] for row in curve] == [str(k) for k in range(13)]
+    assert (output / "removal.png").stat().st_size > 5000
+    # FLOPs of a network that has no such blocks at all, counted by torch.
+    flops = {}
+    for depth in (0, 3, 6):
+        model = timm.create_model("test_vit", img_size=32, num_classes=10, depth=depth).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+        flops[depth] = counter.get_total_flops()
+    assert float(curve[0]["flops_even"]) == flops[6]
+    assert float(curve[12]["flops_even"]) == flops[0]
+    assert flops[0] < float(curve[6]["flops_even"]) < flops[6]
+    before = state(output / "runs")
+    assert compare.main(command) == 0 and state(output / "runs") == before
+    (output / "runs" / "plain-seed0.measures.json").write_text("{")
+    capsys.readouterr()
+    assert compare.main(["--report", str(output)]) == 2
+    assert "plain-seed0.measures.json is damaged" in capsys.readouterr().err
+
+
+def test_all_variants_start_from_the_initial_checkpoint(stubbed, tmp_path):
+    model = timm.create_model("test_vit", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    more = ("--initial-checkpoint", tmp_path / "start.pth", "--seeds", 1, "--epochs", 1)
+    assert stubbed("--variants", *compare_runs.VARIANTS, *more) == 0
+    assert len(stubbed.calls()) == len(compare_runs.VARIANTS)
+    recipe_of_all = yaml.safe_load((stubbed.output / "recipe.yaml").read_text())
+    assert recipe_of_all["initial_checkpoint"] == str(tmp_path / "start.pth")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--measure", "3"], ("--measure 3", "at least 16")),
+        (["--measure", "40", "--dataset", "wds/x"], ("--measure", "--dataset wds/x")),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(more, words, digits_folder, tmp_path, capsys):
+    command = [*recipe(digits_folder), "--output", str(tmp_path / "out"), *more]
+    assert compare.main(command) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []

@@ -375,7 +375,9 @@ def test_images_of_other_classes_than_the_checkpoints_are_refused(tmp_path, caps
     checkpoint = save_checkpoint(tmp_path / "c.pth.tar", 0)
     argv = ["--model", "test_vit", "--data-dir", str(tmp_path / "data"), "--checkpoint", checkpoint]
     line = refused(capsys, tmp_path, *argv)
-    assert "10 classes" in line and "have 5" in line and "--no-importance" in line
+    assert (
+        "with 10 classes" in line and "classification with 5" in line and "--no-importance" in line
+    )
 
 
 def test_weights_that_are_not_finite_are_refused(digits_folder, tmp_path, capsys):
@@ -428,3 +430,44 @@ def test_options_that_cannot_be_followed_are_refused(
     argv = ["--model", "test_vit", "--data-dir", str(digits_folder), *options]
     line = refused(capsys, tmp_path, *argv)
     assert all(word in line for word in words)
+
+
+def test_a_multilabel_checkpoint_is_measured_by_its_own_loss_and_targets(
+    labels, digits_folder, tmp_path, capsys
+):
+    from runs import VIT, run
+    from sklearn.metrics import average_precision_score
+
+    folder = run(digits_folder, tmp_path, *VIT, "--drop-path", 0.1, *labels, "--epochs", 1)
+    checkpoint = str(folder / "last.pth.tar")
+    argv = ["--model", "test_vit", "--checkpoint", checkpoint, "--device", "cpu"]
+    assert features.main([*argv, "--output", str(tmp_path / "out")]) == 0
+
+    source = models.read_source(checkpoint, "test_vit", False, "")
+    images, classes = models.choose_images(
+        None, 256, 0, source.settings["dataset"], source.settings
+    )
+    args = argparse.Namespace(model="test_vit", pretrained=False, num_classes=None, img_size=None)
+    args.in_chans = None
+    model, data, _ = models.build(args, source, classes)
+    images.dataset.transform = timm.data.create_transform(**data)
+    x, y = next(iter(DataLoader(images, 256)))
+    assert classes == 4 and y.shape == (40, 4)
+    with torch.no_grad():
+        logits = model(x)
+        loss = F.binary_cross_entropy_with_logits(logits, y.float()).item()
+        for parameter in model.blocks[1].attn.proj.parameters():
+            parameter.zero_()
+        without = F.binary_cross_entropy_with_logits(model(x), y.float()).item()
+    precision = average_precision_score(y.numpy(), logits.numpy(), average="macro")
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert f"loss {loss:.4f}, mean average precision {precision:.2%}" in summary
+    rows = {r["path"]: r for r in read_csv(tmp_path / "out" / "importance.csv")}
+    row = rows["blocks.1.drop_path1"]
+    assert "map" in row and float(row["loss"]) == pytest.approx(without, abs=1e-4)
+
+    # Class folders do not hold such labels: one line, or the features alone.
+    argv += ["--data-dir", str(digits_folder)]
+    line = refused(capsys, tmp_path, *argv)
+    assert "multilabel with 4 classes" in line and "--no-importance" in line
+    assert features.main([*argv, "--no-importance", "--output", str(tmp_path / "alone")]) == 0

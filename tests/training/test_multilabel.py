@@ -2,37 +2,13 @@
 
 import math
 
-import datasets
 import pytest
 import torch
+from conftest import LABELS
 from core_helpers import same_bits
 from runs import VIT, checkpoint, rows, run, watch_iterations
 
-LABELS = ("odd", "large", "prime", "triple")
 METRICS = ["eval_loss", "eval_map", "eval_micro_f1", "eval_macro_f1", "eval_sample_f1"]
-
-
-@pytest.fixture(scope="module")
-def labels(digits_folder, tmp_path_factory):
-    """The digits as a Hugging Face data set, and the flags that read it."""
-    datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp("labels")
-    for split in ("train", "validation"):
-        data = {name: [] for name in ("image", "labels", "vector", *LABELS)}
-        for path in sorted((digits_folder / split).rglob("*.png")):
-            digit = int(path.parent.name)
-            holds = [digit % 2 == 1, digit > 4, digit in (2, 3, 5, 7), digit % 3 == 0]
-            data["image"].append({"bytes": path.read_bytes(), "path": path.name})
-            data["labels"].append([i for i, hold in enumerate(holds) if hold])
-            data["vector"].append([float(hold) for hold in holds])
-            for name, hold in zip(LABELS, holds, strict=True):
-                data[name].append(hold)
-        table = datasets.Dataset.from_dict(data).cast_column("image", datasets.Image())
-        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return (
-        f"--task multilabel --dataset hfds/{folder} --num-classes 4 --target-key labels "
-        f"--data-dir {folder / 'cache'}"
-    ).split()
 
 
 @pytest.mark.parametrize("mode", ["same", "next"])

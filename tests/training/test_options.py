@@ -21,7 +21,7 @@ DEFAULTS = {row["dest"]: json.loads(row["default"]) for row in FLAGS if row["des
 DEFAULTS = {name: default for name, default in DEFAULTS.items() if default}
 RDP_PARSER = argparse.ArgumentParser()
 add_rdp_args(RDP_PARSER)
-RDP_FLAGS = set(vars(RDP_PARSER.parse_args([]))) | {"data_seed"}
+RDP_FLAGS = set(vars(RDP_PARSER.parse_args([]))) | {"data_seed", "drop_path_schedule"}
 
 
 def config_file(tmp_path: Path, text: str) -> Path:

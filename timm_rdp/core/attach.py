@@ -7,7 +7,9 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.iteration import COMPLEMENT, DROPPATH
 from timm_rdp.core.model_patch import ModelPatch
+from timm_rdp.core.same_batch import SameBatch
 
 
 class AttachedLoop:
@@ -20,12 +22,17 @@ class AttachedLoop:
         controller: the ResidualDropPath.
         optimizer: an optimizer, or one of Accelerate's, fastai's, SAM's or Lookahead's around it.
         patch: what was changed in the model.
+        same: runs the complement iteration on the same batches, where it is not to get the next.
 
     Raises:
         ValueError: the optimizer cannot be followed, or holds none of the parameters.
     """
 
-    def __init__(self, controller: Any, optimizer: Any, patch: ModelPatch):
+    def __init__(
+        self, controller: Any, optimizer: Any, patch: ModelPatch, same: SameBatch | None = None
+    ):
+        self._same = same
+        self._repeating = False
         self._controller = controller
         self._optimizer = _stepped(optimizer)
         self._parameters = [*patch.parameters.values()]
@@ -51,6 +58,8 @@ class AttachedLoop:
             hook = Hook(self._begin)
             self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
         self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
+        if self._same is not None:
+            self._hooks.append(self._same.watch(outermost, self._is_noted))
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -60,12 +69,18 @@ class AttachedLoop:
             module._loop = None
         self._hooks, self._drop_paths = [], []
 
+    def _is_noted(self) -> bool:
+        it = self._controller._active
+        return it is not None and not it._entered_by_user and it.phase == DROPPATH
+
     def set_aside(self) -> None:
         """Give the model back to the user until the next forward in train mode."""
         it = self._controller._active
         if it is not None and not it._entered_by_user:
             self._controller._leave(completed=False, aside=True)
             self.aside = it
+            if self._same is not None:
+                self._same.forget()
 
     def outside(self) -> None:
         """Note that a DropPath runs in train mode, but no iteration has begun."""
@@ -78,7 +93,7 @@ class AttachedLoop:
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         controller = self._controller
-        if controller._paused:
+        if controller._paused or self._repeating:
             return
         if not any(m.training for m in self._drop_paths):
             self.set_aside()
@@ -100,9 +115,9 @@ class AttachedLoop:
                 f"{type(self._optimizer).__name__}: attach the optimizer that moves them"
             )
 
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         controller = self._controller
-        if controller._paused:
+        if controller._paused or self._repeating:
             return
         if controller._active is None and self.aside is not None:
             controller._active, self.aside = self.aside, None
@@ -115,7 +130,29 @@ class AttachedLoop:
         elif not controller._active._entered_by_user:
             # A fused optimizer under GradScaler skips an overflow within its step.
             overflow = getattr(optimizer, "found_inf", None)
-            controller._leave(completed=overflow is None or not overflow.item())
+            completed = overflow is None or not overflow.item()
+            phase = controller._active.phase
+            controller._leave(completed)
+            if self._same is not None and not completed:
+                self._same.forget()
+            elif self._same is not None and phase == DROPPATH:
+                self._complement(optimizer, kwargs.get("closure", (*args, None, None)[1]))
+
+    def _complement(self, optimizer: Optimizer, closure: Any) -> None:
+        """Run the complement iteration of the droppath iteration that has just ended."""
+        controller, same = self._controller, self._same
+        assert same is not None
+        if controller.phase != COMPLEMENT:  # nothing was dropped, or it is not its turn
+            return same.forget()
+        self._repeating = True
+        completed = False
+        controller._enter(controller.iteration())
+        try:
+            same.train(optimizer, closure)
+            completed = True
+        finally:
+            self._repeating = False
+            controller._leave(completed)
 
 
 def _stepped(optimizer: Any) -> Optimizer:

@@ -1,7 +1,7 @@
 """What a controller is made of, checked at the door."""
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,24 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inside, nn.Module):
             return model
         model = inside
+
+
+def check_wrapper(wrapper: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError where a module does not contain the model."""
+    if not any(module is model for module in wrapper.modules()):
+        raise ValueError(
+            f"this {type(wrapper).__name__} does not wrap the model that was patched: pass what "
+            "torch.compile or DistributedDataParallel made of it, or the model itself"
+        )
+
+
+def wrappers_around(model: nn.Module, outermost: Any) -> Iterator[Any]:
+    """The modules around a model, from the outermost one inwards."""
+    inside = outermost
+    while inside is not model:
+        yield inside
+        around = (m for m in inside.modules() if m is not inside and unwrap(m) is model)
+        inside = next(around)
 
 
 def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:

@@ -19,15 +19,15 @@ from timm_rdp.core.paths import Path, PathGraph
 class ModelPatch:
     """Everything that ResidualDropPath changes in a model, and how it is taken back.
 
-    An eager model is told what to drop by plain numbers and what to train by `requires_grad`. A
-    compiled one must see neither change, since each would be compiled anew: it reads the decisions
-    from tensors, keeps its flags, and the gradients that it should not have made are discarded.
+    An eager model is told what to drop by numbers and what to train by `requires_grad`. A compiled
+    one must see neither change, which would be compiled anew: it reads the decisions from tensors,
+    keeps its flags, and gradients that it should not have made are discarded.
 
     Args:
         model: the model, not wrapped.
         drop_paths: its DropPaths by name.
         graph: what tracing it gave.
-        owner: the controller, to which the patched modules keep a weak reference.
+        owner: the controller; the patched modules keep a weak reference to it.
     """
 
     def __init__(
@@ -59,6 +59,14 @@ class ModelPatch:
         self._probes: dict[str, Tensor] | None = None  # {} once the optimizer was found to be fit
         if any(m._compiled_call_impl is not None for m in model.modules()):
             self.follow_compile()
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError where the model has other parameters than when it was patched."""
+        what = "was added to the model or replaced after patching"
+        if (name := self.changed()) is not None:
+            raise RuntimeError(
+                f"{name} {what}: call follow(model), or patch it when it is complete"
+            )
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
@@ -120,7 +128,14 @@ class ModelPatch:
         return [self._modules[name] for name in names]
 
     def turn_on(self, it: Iteration) -> None:
-        """Set the model for an iteration."""
+        """Set the model for an iteration, or leave it as it was where that fails."""
+        try:
+            self._turn_on(it)
+        except BaseException:
+            self.turn_off()
+            raise
+
+    def _turn_on(self, it: Iteration) -> None:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
         self._in_train_mode = set()
         self._decide(it)
@@ -273,10 +288,7 @@ class ModelPatch:
         for module in self.drop_paths.values():
             vars(module)["_call"] = 0
         if self._reducer is None and DistributedDataParallel._active_ddp_module is not None:
-            raise RuntimeError(
-                "the model is run by a DistributedDataParallel that this ResidualDropPath does not "
-                "know: call its follow() with it, or give it the wrapped model in the first place"
-            )
+            raise RuntimeError("DistributedDataParallel runs the model: call follow() with it")
         if not torch.is_grad_enabled() or not dropped:
             return
         asleep = [path.name for path in dropped if not path.module.training]

@@ -1,6 +1,6 @@
 """ResidualDroppath: droppath and complement iterations over any model with timm DropPaths."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core import checks
 from timm_rdp.core.attach import AttachedLoop
-from timm_rdp.core.checks import check_droppable, check_state, find_drop_paths, unwrap, whole_number
 from timm_rdp.core.ddp import check_same_on_all_ranks
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.paths import Path
+from timm_rdp.core.same_batch import same_batch
 from timm_rdp.core.trace import trace_paths
 
 __all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
@@ -26,7 +27,7 @@ class ResidualDropPath:
     In a *droppath iteration* each residual path is dropped for the whole batch with its own
     module's `drop_prob`. The *complement iteration* that follows drops nothing and trains exactly
     the parameters that the dropped paths carried; everything else is frozen. Outside iterations the
-    model is bit for bit the unpatched one.
+    model is bit for bit the unpatched one. Source: Sejik Park, arXiv 2411.09475.
 
         rdp = ResidualDropPath(model)
         for images, targets in loader:
@@ -48,17 +49,15 @@ class ResidualDropPath:
         ValueError: the model has no residual path that can be dropped or none that carries a
             parameter, cannot be traced or is already patched; or an argument is out of its range.
 
-    Source: Sejik Park, "ResidualDroppath" (arXiv 2411.09475).
-
     Attributes:
         masks: {path name: kept?} of the current cycle; {} before the first.
         phase, current_cycle: those of the iteration that is open, or else comes next.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0, every: int = 1, example_input: Any = None):
-        self.seed = whole_number("seed", seed)
-        self.every = whole_number("every", every, least=1)
-        self.model = unwrap(model)
+        self.seed = checks.whole_number("seed", seed)
+        self.every = checks.whole_number("every", every, least=1)
+        self.model = checks.unwrap(model)
         self.masks: dict[str, bool] = {}
         self._example_input = example_input
         self.current_cycle = 0
@@ -73,9 +72,9 @@ class ResidualDropPath:
             self.follow(model)
 
     def _patch_model(self) -> None:
-        drop_paths = find_drop_paths(self.model)
+        drop_paths = checks.find_drop_paths(self.model)
         self._graph = trace_paths(self.model, self._example_input)
-        check_droppable(self.model, self._graph)
+        checks.check_droppable(self.model, self._graph)
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
         self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
@@ -98,8 +97,9 @@ class ResidualDropPath:
         """Take account of what became of the model after it was patched; returns self.
 
         Args:
-            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model; or
-                the model itself, after parameters or modules of it were added or replaced.
+            wrapper: what torch.compile or DistributedDataParallel (or both) made of the model; a
+                module that contains that, such as timm's task; or the model itself, after
+                parameters or modules of it were added or replaced.
 
         Raises:
             ValueError: it does not wrap the model that was patched, or ranks differ in what
@@ -107,35 +107,27 @@ class ResidualDropPath:
             RuntimeError: called within an iteration.
         """
         self._check_in_use()
-        if unwrap(wrapper) is not self.model:
-            raise ValueError(
-                f"this {type(wrapper).__name__} does not wrap the model that was patched: pass "
-                "what torch.compile or DistributedDataParallel made of it, or the model itself"
-            )
+        checks.check_wrapper(wrapper, self.model)
         if self._patch.changed():
             self._close("follow")
             with self.pause():
                 self._patch.remove()
                 self._patch_model()
         self._outermost = wrapper
-        inside: Any = wrapper
-        while inside is not self.model:
+        for inside in checks.wrappers_around(self.model, wrapper):
             if isinstance(inside, DistributedDataParallel):
                 check_same_on_all_ranks(inside, self.state_dict())
                 self._patch.follow_ddp(inside)
-                inside = inside.module
-            else:
+            elif hasattr(inside, "_orig_mod"):
                 self._patch.follow_compile()
-                inside = inside._orig_mod
         if self._loop is not None:
             self._loop.hook(self._patch, wrapper)
         return self
 
     def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
-        """D(names): names of the parameters that reach the output only through these paths.
+        """D(names): the parameters that reach the output only through these paths, by name.
 
-        Raises:
-            ValueError: a name is not that of a path.
+        Raises ValueError where a name is not that of a path.
         """
         return self._graph.dropped_part(names)
 
@@ -160,13 +152,18 @@ class ResidualDropPath:
         if self.phase == DROPPATH:
             kept = sample_masks(self.seed, self.current_cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-        carried = self.dropped_part(dropped)
+        complement = self.phase == COMPLEMENT
+        part = self._second_part(dropped) if complement else self.dropped_part(dropped)
         trainable = frozenset(
             name
             for name, parameter in self._patch.parameters.items()
-            if parameter.requires_grad and (name in carried) is (self.phase == COMPLEMENT)
+            if parameter.requires_grad and (name in part) is complement
         )
         return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
+
+    def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
+        """What a cycle that dropped these paths trains second; ablations override it."""
+        return self.dropped_part(dropped)
 
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
@@ -223,27 +220,41 @@ class ResidualDropPath:
             ValueError: not such a state, or one of a model with other paths.
             RuntimeError: called within an iteration.
         """
-        check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
+        checks.check_state(state, self.state_dict(), (DROPPATH, COMPLEMENT))
         self._close("load_state_dict")
-        self.seed, self.every = state["seed"], state["every"]
-        self.current_cycle, self.phase = state["cycle"], state["phase"]
-        self._dropped = frozenset(state["dropped"])
-        self.masks = dict(state["masks"])
+        own = (state[name] for name in ("seed", "every", "cycle", "phase"))
+        self.seed, self.every, self.current_cycle, self.phase = own
+        self._dropped, self.masks = frozenset(state["dropped"]), dict(state["masks"])
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> "ResidualDropPath":
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch: str = "next",
+        clip: Callable[[], Any] | None = None,
+    ) -> "ResidualDropPath":
         """Run the iterations from hooks, so that the user's loop stays as it is.
 
         Every forward in train mode until the next `optimizer.step()` belongs to one iteration. What
         the optimizer holds beside the model's parameters is trained in every iteration: patch the
         module that contains all of it where it should not be.
 
+        Args:
+            optimizer: what trains the model.
+            batch: "next": batches alternate between the two iterations, which was measured to be
+                cheaper than plain DropPath and less accurate. "same": as in `cycle()`, by repeating
+                the calls of the model, or of the wrapper followed last, within the step; the loss
+                in what they return gets the gradient that the loop's backward gave it. Where
+                `step()` is passed a closure, that is called again instead.
+            clip: called before the second step of "same", to clip as before the first.
+
         Raises:
-            ValueError: already attached, or the optimizer cannot be followed.
+            ValueError: already attached, or the optimizer cannot be followed, or another `batch`.
+            RuntimeError: in the step, where "same" finds no loss.
         """
         self._check_in_use()
         if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
-        self._loop = AttachedLoop(self, optimizer, self._patch)
+        self._loop = AttachedLoop(self, optimizer, self._patch, same_batch(batch, clip))
         self._loop.hook(self._patch, self._outermost)
         return self
 
@@ -251,11 +262,8 @@ class ResidualDropPath:
     def pause(self) -> Iterator[None]:
         """Within it the model is the unpatched one, whatever iteration is open.
 
-        It is for forwards in train mode that no optimizer step follows, in an attached loop above
-        all, where each would begin an iteration.
-
-        Raises:
-            RuntimeError: an iteration is entered within it.
+        It is for forwards in train mode that no optimizer step follows, above all in an attached
+        loop, where each would begin an iteration; to enter one within it is a RuntimeError.
         """
         it, paused = self._active, self._paused
         self._active, self._paused = None, True
@@ -281,18 +289,10 @@ class ResidualDropPath:
             raise RuntimeError(f"{self._active} is still open: iterations do not nest")
         if (it.cycle, it.phase) != (self.current_cycle, self.phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
-        if (name := self._patch.changed()) is not None:
-            raise RuntimeError(
-                f"{name} was added to the model or replaced after it was patched: call follow() "
-                "with the model, or patch it when it is complete"
-            )
+        self._patch.check_unchanged()
         # What the user froze since the iteration was asked for does not train either.
         it.trainable -= {n for n, p in self._patch.parameters.items() if not p.requires_grad}
-        try:
-            self._patch.turn_on(it)
-        except BaseException:
-            self._patch.turn_off()
-            raise
+        self._patch.turn_on(it)
         self._active = it
         self._begin(it)
 
@@ -313,7 +313,7 @@ class ResidualDropPath:
 
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
-            carried = self.dropped_part(it.dropped)
+            carried = self._second_part(it.dropped)
             if any(self._patch.parameters[name].requires_grad for name in carried):
                 self.phase = COMPLEMENT
                 return

@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import dispatch_clip_grad
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,6 +43,18 @@ def hooked(run: LaunchedRun) -> Iterator[None]:
         for path, module in list(sys.modules.items()):
             if path.split(".")[0] == "timm" and vars(module).get("create_model") is create_model:
                 hook(module, "create_model", run.on_model)
+        dispatch = dispatch_clip_grad
+
+        @functools.wraps(dispatch)
+        def clip(parameters: Any, *args: Any, **kwargs: Any) -> None:
+            parameters = list(parameters)
+            run.on_clip(functools.partial(dispatch, parameters, *args, **kwargs))
+            dispatch(parameters, *args, **kwargs)
+
+        for path, module in list(sys.modules.items()):
+            if path.split(".")[0] == "timm" and vars(module).get("dispatch_clip_grad") is dispatch:
+                setattr(module, "dispatch_clip_grad", clip)  # noqa: B010
+                stack.callback(setattr, module, "dispatch_clip_grad", dispatch)
         contains = lambda module, *_: run.containers.update({id(module): weakref.ref(module)})
         stack.callback(register_module_module_registration_hook(contains).remove)
         hook(torch.optim.Optimizer, "__init__", lambda _, self, *a, **k: run.on_optimizer(self))

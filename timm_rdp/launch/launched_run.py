@@ -34,6 +34,8 @@ class LaunchedRun:
         self.wrappers: list[weakref.ref] = []
         self.taken: str | None = None
         self.rdp: ResidualDropPath | None = None
+        self.task: nn.Module | None = None  # that returns the loss, for `same` batches
+        self.clip: Callable | None = None  # clips gradients as the script did last
         self.begin: Callable | None = None  # until the start epoch
         self.epoch: int | None = None  # of the script's timm scheduler, once there is one
         self.stepped = False
@@ -99,15 +101,47 @@ class LaunchedRun:
         save = lambda _, state: state.update({STATE_KEY: rdp.state_dict()})
         optimizer.register_state_dict_post_hook(save)
         optimizer.register_load_state_dict_pre_hook(partial(self._load_state, rdp))
-        if self.options.rdp_start_epoch:
-            self.begin = partial(rdp.attach, optimizer)
-        else:
-            rdp.attach(optimizer)
+        batch = self._batch_mode(target)
+        self.begin = partial(rdp.attach, optimizer, batch, self._clip_again)
+        if not self.options.rdp_start_epoch:
+            self.begin()
+            self.begin = None
+        each = "a cycle (same)" if batch == "same" else "one iteration (next)"
         _logger.info(
             f"ResidualDroppath on {what}: {len(rdp.paths)} residual paths, "
             f"{sum(p.drop_prob for p in rdp.paths):.2f} dropped on average; each step of {name} "
-            f"is one iteration; masks from seed {rdp.seed}"
+            f"is {each}; masks from seed {rdp.seed}"
         )
+
+    def _batch_mode(self, target: nn.Module) -> str:
+        """`same` where a task of timm's returns the loss, which is followed then."""
+        modules = [m for r in self.containers.values() if (m := r()) is not None]
+        tasks = (m for m in modules if hasattr(m, "get_trainable_module") and _has(m, target))
+        task = next(tasks, None)
+        if task is None and self.options.rdp_batch == "same":
+            raise self.refuse(
+                "--rdp-batch same: the script uses no task of timm.task, in which its loss could "
+                f"be found; leave it out, or {_RECIPE}"
+            )
+        if task is None or self.options.rdp_batch == "next":
+            return "next"
+        self.task = task
+        self._follow(task)
+        return "same"
+
+    def _follow(self, wrapper: nn.Module) -> None:
+        assert self.rdp is not None
+        for module in (wrapper, self.task):  # the task stays what is repeated
+            if module is not None:
+                self.rdp.follow(module)
+
+    def _clip_again(self) -> None:
+        if self.clip is not None:
+            self.clip()
+
+    def on_clip(self, clip: Callable) -> None:
+        """The script clips gradients by timm's dispatch_clip_grad; `clip` does it again."""
+        self.clip = clip
 
     def _what_is_trained(self, model: nn.Module, held: set[int]) -> nn.Module | None:
         """The module that the script calls in training: the model, or what it was put into.
@@ -136,7 +170,7 @@ class LaunchedRun:
                 f"{type(wrapper).__name__} wraps {type(inside).__name__}, which contains the model "
                 f"{self.taken}: wrap the model itself; {_RECIPE}"
             )
-        self.rdp.follow(wrapper)
+        self._follow(wrapper)
 
     def on_script(self, scripted: object) -> None:
         """The script compiles something by torch.jit.script."""

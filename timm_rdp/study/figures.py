@@ -21,7 +21,7 @@ RED, BLUE, ORANGE, GREY = "#e8705a", "#14386b", "#e69f00", "#8a8a8a"
 SEQUENTIAL = "cividis"
 WIDTH = 8.0  # inches; at DPI this is the width of a README column
 DPI = 110
-MARKERS = "os^DvPX*"
+MARKERS = "os^DvPX*<>"
 TONES = ("#14386b", "#e8705a", "#5fa8a0", "#b0a030", "#7a4a8c", "#8a8a8a")
 
 

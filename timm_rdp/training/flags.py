@@ -252,6 +252,8 @@ def _regularization(add: Callable) -> None:
     add("--drop", type=RATE, default=0.0, help="dropout rate")
     add("--drop-connect", type=FLOAT, help="timm's former name of --drop-path")
     add("--drop-path", type=RATE, help="stochastic depth (default: the model's, 0.1 with --rdp)")
+    add("--drop-path-schedule", choices=("constant", "early", "late"), default="constant",
+        help="early, late: stochastic depth in the first or second half of the epochs only")
     add("--drop-block", type=RATE, help="DropBlock rate")
     add("--bn-momentum", type=FLOAT, help="BatchNorm momentum, where the model takes one")
     add("--bn-eps", type=POSITIVE, help="BatchNorm epsilon, where the model takes one")

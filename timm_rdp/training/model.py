@@ -15,12 +15,18 @@ from timm import utils
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import get_model_input_config, safe_model_name
+from timm.task.evaluator import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor, nn
 
 from timm_rdp.errors import UsageError, nearest, one_line, refused_with
 from timm_rdp.training.checkpoint import check_pretrained, load_initial_weights
 
 _logger = logging.getLogger(__name__)
+
+EVALUATORS = {
+    "classification": ClassificationEvaluator,
+    "multilabel": MultiLabelClassificationEvaluator,
+}
 
 
 def setup_precision(
@@ -237,6 +243,21 @@ def patch_size(model: Any) -> tuple[int, int]:
 def mixup_active(args: argparse.Namespace) -> bool:
     """Whether the options ask for mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def eval_metric(args: argparse.Namespace) -> str:
+    """What a run's epochs are ranked by: --eval-metric, else the default of its task.
+
+    Raises:
+        UsageError: the task has no such metric.
+    """
+    evaluator = EVALUATORS[args.task]
+    if args.eval_metric not in (None, *evaluator.metric_names):
+        raise UsageError(
+            f"--eval-metric {args.eval_metric} is not measured with --task {args.task}; choose "
+            f"from {', '.join(evaluator.metric_names)}"
+        )
+    return args.eval_metric or evaluator.default_metric
 
 
 def trained_module(task: tasks.TrainingTask, ema: bool = False) -> nn.Module:

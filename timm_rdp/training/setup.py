@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from timm import task as tasks
 from timm import utils
-from timm.layers import set_fast_norm
+from timm.layers import DropPath, set_fast_norm
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -25,6 +25,7 @@ from timm_rdp.training.dataset import check_data
 from timm_rdp.training.loop import try_batch
 from timm_rdp.training.model import (
     build_model,
+    eval_metric,
     evaluated_module,
     example_input,
     mixup_active,
@@ -51,6 +52,8 @@ class Parts(NamedTuple):
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     last_epoch: int  # that is trained, counted from 1
+    num_epochs: int  # of the schedule
+    drop_rates: dict[DropPath, float]  # of the DropPaths, where --drop-path-schedule varies them
     rdp: ResidualDropPath | None
     stop: StopSignals
     stream: DataStream | None  # of --data-seed
@@ -82,6 +85,7 @@ def set_up(args: argparse.Namespace) -> Parts:
     task = build_task(args, model, loss, device, dtype)
     if not args.resume:
         try_batch(args, task, data, data_config["input_size"], device, dtype, autocast)
+    drop_rates = _scheduled_rates(args, evaluated_module(task))
     rdp = _patch_model(args, task, data_config)
     optimizer = _create_optimizer(args, task)
 
@@ -98,9 +102,9 @@ def set_up(args: argparse.Namespace) -> Parts:
 
     stream = None if args.data_seed is None else DataStream(args.data_seed, args.rank, device)
     samplers = (make_resumable(data.train), make_resumable(data.eval, is_continued=False))
-    eval_metric = _eval_metric(args, task) if data.eval is not None else "loss"
+    metric = eval_metric(args) if data.eval is not None else "loss"
     updates_per_epoch = -(-len(data.train) // args.grad_accum_steps)
-    schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=eval_metric == "loss")
+    schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=metric == "loss")
     with refused_with(f"--sched {args.sched}"):
         lr_scheduler, num_epochs = create_scheduler_v2(
             optimizer, **schedule, updates_per_epoch=updates_per_epoch
@@ -112,8 +116,8 @@ def set_up(args: argparse.Namespace) -> Parts:
         )
     return Parts(
         device, dtype, autocast, loss_scaler, task, data, data_config, updates_per_epoch,
-        eval_metric, optimizer, lr_scheduler, last_epoch, rdp, StopSignals(args.distributed),
-        stream, samplers, checkpoint, resume_epoch,
+        metric, optimizer, lr_scheduler, last_epoch, num_epochs, drop_rates, rdp,
+        StopSignals(args.distributed), stream, samplers, checkpoint, resume_epoch,
     )  # fmt: skip
 
 
@@ -251,14 +255,16 @@ def build_task(
         )
 
 
-def _eval_metric(args: argparse.Namespace, task: tasks.TrainingTask) -> str:
-    evaluator = task.create_evaluator()
-    if args.eval_metric not in (None, *evaluator.metric_names):
+def _scheduled_rates(args: argparse.Namespace, model: nn.Module) -> dict[DropPath, float]:
+    if args.drop_path_schedule == "constant":
+        return {}
+    rates = {m: float(m.drop_prob) for m in model.modules() if isinstance(m, DropPath)}
+    if not any(rates.values()):
         raise UsageError(
-            f"--eval-metric {args.eval_metric} is not measured with --task {args.task}; choose "
-            f"from {', '.join(evaluator.metric_names)}"
+            f"--drop-path-schedule {args.drop_path_schedule}: {args.model} drops no path; give "
+            "--drop-path 0.1"
         )
-    return args.eval_metric or evaluator.default_metric
+    return rates
 
 
 def _patch_model(

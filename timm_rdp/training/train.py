@@ -252,6 +252,9 @@ def _epochs(
 
 def _start_epoch(args: argparse.Namespace, parts: Parts, epoch: int) -> None:
     trained_module(parts.task).train()
+    is_dropping = (epoch < parts.num_epochs / 2) is (args.drop_path_schedule == "early")
+    for module, rate in parts.drop_rates.items():  # which is read anew in each forward
+        module.drop_prob = rate if is_dropping else 0.0
     parts.optimizer.zero_grad()
     loader = parts.data.train
     samplers = [s for s in (loader.batch_sampler, loader.sampler) if hasattr(s, "set_epoch")]

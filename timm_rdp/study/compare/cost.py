@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.args import RandomSecond
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
 from timm_rdp.errors import refused_with
 from timm_rdp.training.data import close_data, create_data
@@ -76,27 +77,35 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     return model.train(), data_config, batches
 
 
-def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -> dict[str, Any]:
-    """What the kinds of update of a model from `build_on_meta` cost, which is patched for good.
+def count_costs(
+    args: argparse.Namespace, model: nn.Module, data_config: dict, random: bool = False
+) -> dict[str, Any]:
+    """What the kinds of update of a model from `build_on_meta` cost.
+
+    Args:
+        random: count iterations of rdp-random too.
 
     Returns:
         "update", "droppath", "complement": FLOPs per image at the model's input size, forward and
             backward, of timm's own update and of the mean iteration of each phase (over the first
             cycles of seed 0), without a teacher's; None where they cannot be counted without data
+        "random": with `random`, as "complement", of second iterations that train a random part
         "complements": complement iterations per cycle, as expected over masks
 
     Raises:
         UsageError: no path can be dropped.
     """
     costs: dict[str, Any] = {"update": None}
-    rdp = None
+    kinds = {COMPLEMENT: ResidualDropPath, **({"random": RandomSecond} if random else {})}
+    example = None
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
             example = example_input(args, data_config["input_size"], model)
             rdp = ResidualDropPath(model, example_input=example)
+            rdp.detach()
         # The cycles in which something is dropped that can be trained.
         complements = 1 - math.prod(1 - path.drop_prob for path in rdp.paths if path.parameters)
-        costs |= {"droppath": None, "complement": None, "complements": complements}
+        costs |= dict.fromkeys((DROPPATH, *kinds)) | {"complements": complements}
     if args.naflex_loader:
         return costs
     batch = args.batch_size * max(1, args.aug_splits)
@@ -105,16 +114,20 @@ def count_costs(args: argparse.Namespace, model: nn.Module, data_config: dict) -
     try:
         update = _flops(model, images)
         known: dict[tuple, int] = {}
-        counts: dict[str, list[int]] = {DROPPATH: [], COMPLEMENT: []}
-        for _ in tqdm(range(FLOP_CYCLES if rdp else 0), "FLOPs", leave=False, disable=None):
-            for it in rdp.cycle() if rdp else ():
-                key = (it.phase, it.dropped)
-                with it:
-                    known[key] = known.get(key) or _flops(model, images)
-                counts[it.phase].append(known[key])
+        counts: dict[str, list[int]] = {name: [] for name in (DROPPATH, *kinds)}
+        task = "counting what an update costs"
+        for second, kind in kinds.items() if args.drop_path else ():
+            rdp = kind(model, example_input=example)
+            for _ in tqdm(range(FLOP_CYCLES), task, leave=False, disable=None):
+                for it in rdp.cycle():
+                    key = (it.phase, it.dropped if it.phase == DROPPATH else it.trainable)
+                    with it:
+                        known[key] = known.get(key) or _flops(model, images)
+                    counts[DROPPATH if it.phase == DROPPATH else second].append(known[key])
+            rdp.detach()
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
-    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if rdp}
+    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if args.drop_path}
     if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
         phases = dict.fromkeys(phases, update)
     counted = {"update": update, **phases}

@@ -19,16 +19,18 @@ from timm_rdp.training.checkpoint import check_weights_files
 from timm_rdp.training.dataset import check_data
 from timm_rdp.training.flags import build_parser as build_training_parser
 from timm_rdp.training.flags import flag
+from timm_rdp.training.model import eval_metric
 from timm_rdp.training.options import parse_args, read_config
 from timm_rdp.training.saver import write_atomically
 
 GRID = "grid.json"
 OUTPUTS = ("runs.csv", "table.csv", "table.md", "comparison.png")
 DEFAULT_RATE = 0.1
+_BY_VARIANT = ("rdp", "rdp_batch", "rdp_second", "skip_dropped", "drop_path_schedule")
 # Training flags that differ from run to run, and what to give to compare in their place.
 SET_HERE = {
     **dict.fromkeys(("seed", "data_seed", "rdp_seed"), "--first-seed and --seeds"),
-    **dict.fromkeys(("rdp", "rdp_batch", "skip_dropped"), "--variants"),
+    **dict.fromkeys(_BY_VARIANT, "--variants"),
     **dict.fromkeys(("resume", "no_resume_opt", "start_epoch"), "the same command again"),
     "drop_path": "--drop-paths",
     "experiment": "--output",
@@ -55,7 +57,7 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
     for name in FOR_RDP:
         if name in typed and RDP_VARIANTS.isdisjoint(variants):
-            raise UsageError(f"{flag(name)} {typed[name]} needs rdp or rdp-next in --variants")
+            raise UsageError(f"{flag(name)} {typed[name]} needs rdp or the like in --variants")
     config = read_config(typed["config"], parser) if typed.get("config") else {}
     # Whatever the config says of these: its other options are checked.
     neutral = ["--seed", "0", "--drop-path", str(DEFAULT_RATE), "--resume", ""]
@@ -88,6 +90,7 @@ def read_grid(output: Path) -> dict[str, Any] | None:
         grid = json.loads((output / GRID).read_text())
         for name in ("model", "data_dir", "dataset", *FOR_RDP):
             grid["options"][name]
+        metric_of(grid)
         runs.cells_of(grid["runs"])
         for name in ("versions", "matched_epochs"):
             grid[name].keys()
@@ -95,6 +98,11 @@ def read_grid(output: Path) -> dict[str, Any] | None:
             rate = None if key == "plain" else float(key)
             flops_of_epochs(grid, "rdp" if rate else "plain", rate, 1)
     return grid
+
+
+def metric_of(grid: dict[str, Any]) -> str:
+    """The metric that the runs of a grid are compared by."""
+    return eval_metric(argparse.Namespace(**grid["options"]))
 
 
 def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) -> None:
@@ -155,6 +163,7 @@ def check_runs(
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
         raise UsageError(f"--epochs {options.epochs}: there is nothing to compare; give 1 or more")
+    eval_metric(options)
     start, total = options.rdp_start_epoch, cost.total_epochs(options, options.epochs)
     if start >= total and not RDP_VARIANTS.isdisjoint(variants):
         raise UsageError(
@@ -165,10 +174,11 @@ def check_runs(
     check_weights_files(options)
     counted = rates if set(variants) != {"plain"} else ()
     for rate in (*counted, *([0.0] if "plain" in variants else ())):
-        if (key := str(rate or "plain")) not in grid["costs"]:
+        key, random = str(rate or "plain"), bool(rate) and "rdp-random" in variants
+        if key not in grid["costs"] or (random and "random" not in grid["costs"][key]):
             args = argparse.Namespace(**{**vars(options), "drop_path": rate})
             model, data_config, batches = cost.build_on_meta(args)
-            grid["costs"][key] = cost.count_costs(args, model, data_config)
+            grid["costs"][key] = cost.count_costs(args, model, data_config, random)
             grid["data"] = {"batches_per_epoch": batches, "batch_size": args.batch_size}
     for rate in rates if MATCHED in variants else ():
         if str(rate) not in grid["matched_epochs"]:
@@ -179,6 +189,14 @@ def check_runs(
                     "without data; leave it out"
                 )
             grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
+
+
+def check_measurable(options: argparse.Namespace) -> None:
+    """Raises UsageError where the validation images of a data set cannot be chosen one by one."""
+    stream = options.dataset.lower().startswith(("tfds/", "wds/", "hfids/"))
+    if stream or options.naflex_loader:
+        what = f"--dataset {options.dataset}" if stream else "--naflex-loader"
+        raise UsageError(f"--measure reads images one by one: cannot be combined with {what}")
 
 
 def flops_of_epochs(
@@ -195,6 +213,9 @@ def flops_of_epochs(
     if variant in RDP_VARIANTS:
         early = min(options["rdp_start_epoch"], epochs)
         complements = costs["complements"] / options["rdp_every"]
-        own = costs["droppath"] + complements * costs["complement"]
+        second = {"rdp-random": "random", "rdp-unfrozen": "update"}.get(variant, "complement")
+        if costs.get(second) is None:  # of a grid that was begun without that variant
+            return None
+        own = costs["droppath"] + complements * costs[second]
         own /= 1 + complements if variant == "rdp-next" else 1  # an image an iteration
     return images * (early * costs["update"] + (epochs - early) * own)

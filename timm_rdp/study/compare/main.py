@@ -13,10 +13,11 @@ from timm.utils.distributed import is_distributed_env
 from timm_rdp.args import Parser, number, show_defaults
 from timm_rdp.errors import TrainingError, UsageError, refused_with, report
 from timm_rdp.study.compare import grid as grids
-from timm_rdp.study.compare import runs
+from timm_rdp.study.compare import measured, runs
 from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
-from timm_rdp.study.options import check_installed, check_output
+from timm_rdp.study.features.models import MIN_IMAGES
+from timm_rdp.study.options import at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED, flag
 
 DROP_RATE = number(
@@ -46,6 +47,9 @@ def build_parser() -> Parser:
     add("--drop-paths", type=DROP_RATE, nargs="+", metavar="RATE",
         help="drop rates (default: the recipe's, else 0.1)")
     add("--jobs", type=COUNT, default=1, help="runs at a time")
+    add("--measure", type=at_least(MIN_IMAGES), metavar="N",
+        help="measure the runs on N validation images: calibration, accuracy with paths removed "
+        "and on damaged images")
     add("--retry", action="store_true", help="run those again that failed")
     add("--pick", choices=("last", "best"), default="last",
         help="the epoch that counts; best is picked on the validation set")
@@ -97,9 +101,15 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(f"{flag(name)} {' '.join(map(str, values))}: one is given twice")
     options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
+    if args.measure:
+        grids.check_measurable(options)
     output = check_output(args.output)
     grid = grids.same_grid(output, options)
     grids.check_runs(options, args.variants, rates, grid)
+    if args.measure:
+        grid["measure"] = args.measure
+        if "inference" not in grid:
+            grid["inference"] = measured.inference_flops(options)
     read_results(output, grid, args.pick)  # what is damaged is refused before anything is written
     cells = []  # seed by seed, so that what there is can be compared at any time
     for seed in range(args.first_seed, args.first_seed + args.seeds):
@@ -116,6 +126,10 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         skipped = ended if args.retry else (*ended, runs.FAILED)
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
+        if args.measure and not stop:
+            ended = [t.folder for t in trainings]
+            done = [f for f in ended if runs.read_record(f)["status"] == runs.DONE]
+            measured.measure_runs(done, args.measure, options.device)
     print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)

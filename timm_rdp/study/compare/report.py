@@ -6,17 +6,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from timm_rdp.errors import UsageError
 from timm_rdp.study import figures
 from timm_rdp.study.compare import results
-from timm_rdp.study.compare.grid import OUTPUTS, read_grid
+from timm_rdp.study.compare.grid import OUTPUTS, metric_of, read_grid
+from timm_rdp.study.compare.measured import AREAS, read_measures
 from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
-from timm_rdp.study.compare.runs import MATCHED, VARIANTS
+from timm_rdp.study.compare.runs import MATCHED, VARIANTS, cells_of
+from timm_rdp.study.measures import CALIBRATION, COLUMNS, DAMAGES
+from timm_rdp.training.model import EVALUATORS
 from timm_rdp.training.saver import write_atomically
 
-_TONES = (5, 1, 2, 3, 0, 4)  # of VARIANTS
+MEASURED = (
+    "Measures are means over the runs, from the checkpoint of the last epoch, on {} validation "
+    "images or all that there are. NLL (nats) and the expected calibration error (15 bins), raw "
+    "and after temperature scaling, are of four fifths of them; the temperature is fitted on the "
+    "others. Area: under the curve of the score (0 to 1) over the share of paths removed, evenly "
+    "spaced or drawn (four subsets, the same for all variants; removal.csv, removal.png). Under "
+    "noise, blur, contrast and shift: the score in per cent, mean of three strengths."
+)
+_TONES = (5, 1, 2, 3, 0, 4, 1, 3, 4, 2)  # of VARIANTS
 
 
 def write_report(output: Path, pick: str = "last") -> str:
@@ -28,9 +40,9 @@ def write_report(output: Path, pick: str = "last") -> str:
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
-    of_runs = results.read_results(output, grid, pick)
-    rows = results.tabulate(of_runs)
-    said = results.sentences(rows)
+    of_runs, metric = results.read_results(output, grid, pick), metric_of(grid)
+    rows = results.tabulate(of_runs, metric)
+    said = results.sentences(rows, metric)
     if not said:
         said = ["There are no runs of droppath to compare with: add droppath to --variants."]
     left_out = {}  # plain is in the rows of every rate
@@ -41,11 +53,13 @@ def write_report(output: Path, pick: str = "last") -> str:
         said.append(f"Runs left out of the means: {'; '.join(left_out)}.")
     said = [f"- {line}" for line in said]
     image = io.BytesIO()
-    draw(rows, grid["options"]["model"], pick).savefig(image)
+    draw(rows, grid["options"]["model"], metric, pick).savefig(image)
     text = [*_table_md(rows, grid), *said, "", *_notes(rows, grid, pick)]
     contents = (_csv(of_runs), _csv(rows), ("\n".join(text) + "\n").encode(), image.getvalue())
     for name, content in zip(OUTPUTS, contents, strict=True):
         write_atomically(str(output / name), content)
+    if grid.get("measure"):
+        write_removal(output, grid)
     return "\n".join([*said, f"{', '.join(OUTPUTS)} are in {output}"])
 
 
@@ -66,7 +80,8 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
     data = options["dataset"] or folder or "the demo (handwritten digits)"
     lines = [f"# {options['model']} on {data}"]
     against = [r for r in REFERENCES if any(row[f"pairs_to_{r}"] is not None for row in rows)]
-    heading = ["variant", "epochs", "seeds", "top-1, %", "sd", "95 % interval"]
+    name, unit = titled(metric_of(grid))
+    heading = ["variant", "epochs", "seeds", f"{name}{unit and ', %'}", "sd", "95 % interval"]
     for reference in against:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
@@ -86,7 +101,63 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
             ends = (("seconds", ".1f"), ("flops", ".3g"), ("relative_flops", ".2f"))
             cells += [_text(row[name], form) for name, form in ends]
             lines.append(_line(cells))
+    if any(row.get("area_even") is not None for row in rows):
+        lines += _measures_md(rows)
     return [*lines, ""]
+
+
+def _measures_md(rows: Sequence[Row]) -> list[str]:
+    kinds = {f"under {k}": [f"{k}_{s + 1}" for s in range(len(v))] for k, v in DAMAGES.items()}
+    heading = ["drop path", "variant", "NLL", "ECE", "ECE scaled", "area, even", "area, drawn"]
+    lines = ["", "## Measures", "", _line([*heading, *kinds])]
+    lines.append(_line(["---"] * (len(heading) + len(kinds))))
+    for row in rows:
+        if row["area_even"] is not None:
+            cells = [_text(row[name], ".4f") for name in (*CALIBRATION[:3], *AREAS)]
+            cells += [f"{100 * fmean(row[name] for name in own):.2f}" for own in kinds.values()]
+            lines.append(_line([f"{row['drop_path']:g}", row["variant"], *cells]))
+    return lines
+
+
+def write_removal(output: Path, grid: dict[str, Any]) -> None:
+    """removal.csv and removal.png: the score with paths removed, a line a variant."""
+    flops, rows, curves = grid.get("inference"), [], {}
+    for cell in cells_of(grid["runs"]):
+        folder = output / "runs" / cell.name
+        for k, scores in read_measures(folder, grid["measure"]).get("removed", {}).items():
+            costs = flops[str(k)] if flops else None
+            cost = [k] if costs is None else costs[1:] if k else costs[:1]
+            of_cell = curves.setdefault((cell.drop_path or 0.0, cell.variant), {})
+            of_cell.setdefault(fmean(cost), []).append(fmean(scores[1:]))
+            rows.append(
+                (cell.variant, cell.drop_path or 0.0, cell.seed, k, *(costs or ()), *scores)
+            )
+    header = ("variant", "drop_path", "seed", "paths_removed")
+    header = (*header, *(f"flops_{c}" for c in COLUMNS if flops), *COLUMNS)
+    rates = sorted({rate for rate, _ in curves if rate}) or [0.0]
+    figure = figures.new_figure(height=4.0)
+    panels = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    handles: dict[str, Any] = {}
+    for rate, axes in zip(rates, panels, strict=True):
+        for (own, variant), curve in curves.items():
+            if own in (rate, 0.0):
+                index = VARIANTS.index(variant)
+                look = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
+                means = [(x, 100 * fmean(scores)) for x, scores in sorted(curve.items())]
+                handles[variant] = axes.plot(*zip(*means, strict=True), markersize=4, **look)[0]
+        axes.set_title(f"drop path {rate:g}", fontsize=9)
+        axes.set_xlabel("FLOPs of an image's inference" if flops else "paths removed")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("{}{}".format(*titled(EVALUATORS[grid["options"]["task"]].default_metric)))
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=4, fontsize=8)
+    title = f"{grid['options']['model']} with paths removed: mean over seeds and drawn subsets"
+    figure.suptitle(title, fontsize=11)
+    figures.write_figure(output / "removal", figure, header, rows)
+
+
+def titled(metric: str) -> tuple[str, str]:
+    """A metric's name in text, and " (%)" where it is a percentage."""
+    return {"top1": "top-1", "top5": "top-5"}.get(metric, metric), " (%)" * (metric != "loss")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -109,8 +180,10 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
         "last": "after the last epoch, so that nothing is picked on it",
         "best": "in the best epoch of each run: picked on that very set, and so flattering to all",
     }
+    name, unit = titled(metric_of(grid))
     notes = [
-        f"Top-1 is in per cent on the validation set, {epoch[pick]}. Differences are in points, "
+        f"{name[0].upper()}{name[1:]} is {unit and 'in per cent '}on the validation set, "
+        f"{epoch[pick]}. Differences are {unit and 'in points, '}"
         "paired by seed: the same initial weights and the same order of the data.",
         "Intervals are 95 %, from the t distribution, not corrected for their number. p is that of "
         "the two-sided paired t test (scipy.stats.ttest_rel); corrected p is after Holm's "
@@ -121,6 +194,8 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
         "run by rdp and droppath-batch, but are by timm's droppath. Time is the median run's, "
         "training and validation without the start of the process.",
     ]
+    if any(row.get("area_even") is not None for row in rows):
+        notes.append(MEASURED.format(grid["measure"]))
     if any(costs["update"] is None for costs in grid["costs"].values()):
         notes.append("The FLOPs of this model could not be counted without data.")
     if any(row["variant"] == MATCHED for row in rows):
@@ -131,8 +206,8 @@ def _notes(rows: Sequence[Row], grid: dict[str, Any], pick: str) -> list[str]:
     return "\n\n".join(notes).splitlines()
 
 
-def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
-    """Accuracy against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
+def draw(rows: Sequence[Row], model: str, metric: str, pick: str) -> "figures.Figure":
+    """The metric against compute: a dot a seed, the mean with its interval, a panel a drop rate."""
     from matplotlib.transforms import ScaledTranslation
 
     table = {rate: [*own] for rate, own in groupby(rows, itemgetter("drop_path"))}
@@ -174,7 +249,7 @@ def draw(rows: Sequence[Row], model: str, pick: str) -> "figures.Figure":
     for axes in panels[len(table) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
-        axes.set_ylabel(f"top-1, {pick} epoch (%)")
+        axes.set_ylabel("{0}, {pick} epoch{1}".format(*titled(metric), pick=pick))
     cut = _limit_height(panels[0], drawn)
     if handles:
         names = sorted(handles, key=VARIANTS.index)

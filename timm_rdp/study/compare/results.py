@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_rdp.study.compare import runs
-from timm_rdp.study.compare.grid import flops_of_epochs
+from timm_rdp.study.compare.grid import flops_of_epochs, metric_of
+from timm_rdp.study.compare.measured import NAMES, read_measures
 
-MEASURED = {"top1": "eval_top1", "eval_loss": "eval_loss", "train_loss": "train_loss"}
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
 # What compares a variant with a reference, over the seeds that are done in both: variant minus
@@ -20,7 +20,7 @@ COMPARED = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
 
 # A run as in runs.csv: numbers that it did not come to are None, and plain's drop_path is 0.
 Result = dict[str, Any]
-# A variant at a drop rate as in table.csv, and "scores": {seed: top1} of the runs that are done;
+# A variant at a drop rate as in table.csv, and "scores": {seed: metric} of the runs that are done;
 # plain's drop_path is that of the variants that it is shown with.
 Row = dict[str, Any]
 
@@ -31,28 +31,39 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
     Raises:
         UsageError: what there is of one is damaged.
     """
+    metric = metric_of(grid)
+    columns = dict.fromkeys((f"eval_{metric}", "eval_loss", "train_loss"))
+    names = {c: metric if c == f"eval_{metric}" else c for c in columns}
     results = []
     for cell in runs.cells_of(grid["runs"]):
         folder = output / "runs" / cell.name
         record = runs.read_record(folder)
-        measured = dict.fromkeys(MEASURED)
+        measured = dict.fromkeys(names.values())
         if record["status"] == runs.DONE:
             _, rows = runs.read_summary(folder)
             with runs.damage_named(folder):
-                best = max(rows, key=lambda row: float(row["eval_top1"]))
+                best = max(rows, key=lambda row: merit(float(row[f"eval_{metric}"]), metric))
                 row = best if pick == "best" else rows[-1]
-                measured = {name: float(row[column]) for name, column in MEASURED.items()}
+                measured = {name: float(row[column]) for column, name in names.items()}
                 if not all(map(math.isfinite, measured.values())):
                     raise ValueError(f"not finite: {row}")
+        if grid.get("measure"):
+            found = read_measures(folder, grid["measure"])
+            measured |= {name: found.get(name) for name in NAMES}
         flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
         found = record | measured | {"flops": flops}
-        columns = ("status", "epochs", *MEASURED, "seconds", "flops", "error")
         place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
-        results.append(place | {name: found[name] for name in columns})
+        shown = ("status", "epochs", *measured, "seconds", "flops", "error")
+        results.append(place | {name: found[name] for name in shown})
     return results
 
 
-def tabulate(results: Sequence[Result]) -> list[Row]:
+def merit(value: float, metric: str) -> float:
+    """A value or difference of a metric, so that more is better."""
+    return -value if metric == "loss" else value
+
+
+def tabulate(results: Sequence[Result], metric: str) -> list[Row]:
     """A row a variant and drop rate, in the order of rates and of VARIANTS."""
     of_cell = defaultdict(list)
     for result in results:
@@ -61,7 +72,7 @@ def tabulate(results: Sequence[Result]) -> list[Row]:
     rows = {}
     for rate, variant in product(rates, runs.VARIANTS):
         if own := of_cell.get((variant, 0.0 if variant == "plain" else rate)):
-            rows[rate, variant] = {"drop_path": rate, "variant": variant, **_summary(own)}
+            rows[rate, variant] = {"drop_path": rate, "variant": variant, **_summary(own, metric)}
     compared = []
     for (rate, variant), row in rows.items():
         for i, reference in enumerate(REFERENCES):
@@ -83,20 +94,25 @@ def tabulate(results: Sequence[Result]) -> list[Row]:
     return list(rows.values())
 
 
-def _summary(results: Sequence[Result]) -> dict[str, Any]:
+def _summary(results: Sequence[Result], metric: str) -> dict[str, Any]:
     """The columns of a row that are about its runs alone."""
     done = [r for r in results if r["status"] == runs.DONE]
-    scores = {r["seed"]: r["top1"] for r in done}
+    scores = {r["seed"]: r[metric] for r in done}
     ended = Counter(r["status"] for r in results)
     counts = {status: ended[status] for status in (runs.DIVERGED, runs.FAILED)}
     counts["unfinished"] = len(results) - len(done) - sum(counts.values())
     n, mean, sd, low, high = mean_of(list(scores.values()))
     seconds = [r["seconds"] for r in done if r["seconds"] is not None]
+    measured = {}
+    for name in NAMES if NAMES[0] in results[0] else ():
+        values = [r[name] for r in done if r[name] is not None]
+        measured[name] = statistics.fmean(values) if values else None
     return {
         **{"epochs": done[0]["epochs"] if done else None, "seeds": n, **counts},
         **{"mean": mean, "sd": sd, "low": low, "high": high, "scores": scores},
         "seconds": statistics.median(seconds) if seconds else None,
         "flops": done[0]["flops"] if done else None,
+        **measured,
     }
 
 
@@ -144,29 +160,30 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
+def sentences(rows: Sequence[Row], metric: str) -> list[str]:
     """What the comparisons of ResidualDroppath support; those of all where there are none of it."""
     compared = [(r, ref) for r in rows for ref in REFERENCES if r[f"pairs_to_{ref}"] is not None]
     about_rdp = [c for c in compared if c[0]["variant"] in runs.RDP_VARIANTS]
     chosen = sorted(about_rdp or compared, key=lambda c: (c[0]["drop_path"], c[0]["variant"]))
-    return [_sentence(row, reference) for row, reference in chosen]
+    return [_sentence(row, reference, metric) for row, reference in chosen]
 
 
-def _sentence(row: Row, reference: str) -> str:
+def _sentence(row: Row, reference: str, metric: str) -> str:
     n, mean, _, low, high, p, corrected = (row[f"{k}_to_{reference}"] for k in COMPARED)
     start = f"{row['variant']} - {reference} at {row['drop_path']:g}: "
     if mean is None:
         return start + "no seed is done in both, so that nothing can be said."
+    unit = "in loss" if metric == "loss" else "points"
     if low is None:
-        return start + f"{signed(mean)} points, one seed: no interval or test can be given."
-    start += f"{signed(mean)} points [{signed(low)}, {signed(high)}], {n} seeds, "
+        return start + f"{signed(mean)} {unit}, one seed: no interval or test can be given."
+    start += f"{signed(mean)} {unit} [{signed(low)}, {signed(high)}], {n} seeds, "
     if corrected is None:
         return start + "the same difference in every seed: no test can be given."
     start += f"corrected {p_text(corrected)}: "
     if corrected >= LEVEL:
         how = "that holds after correction" if p < LEVEL else "seen"
         return start + f"no difference {how}."
-    return start + f"{row['variant']} is {'better' if mean > 0 else 'worse'}."
+    return start + f"{row['variant']} is {'better' if merit(mean, metric) > 0 else 'worse'}."
 
 
 def missing(row: Row) -> str:

@@ -26,8 +26,17 @@ from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
 from timm_rdp.training.saver import write_atomically
 
-VARIANTS = ("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next")
-RDP_VARIANTS = frozenset({"rdp", "rdp-next"})
+VARIANTS = (
+    *("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next"),
+    *("rdp-random", "rdp-unfrozen", "droppath-early", "droppath-late"),
+)
+# Their flags beside those of their kind.
+OWN = {
+    **{"rdp": [], "rdp-next": ["--rdp-batch", "next"], "rdp-random": ["--rdp-second", "random"]},
+    "rdp-unfrozen": ["--rdp-second", "all"],
+    **{f"droppath-{half}": ["--drop-path-schedule", half] for half in ("early", "late")},
+}
+RDP_VARIANTS = frozenset(name for name in OWN if name.startswith("rdp"))
 FOR_RDP = ("rdp_every", "rdp_start_epoch")
 MATCHED = "droppath-matched"
 RECIPE = "recipe.yaml"
@@ -94,8 +103,7 @@ def training_of(
     if cell.variant in RDP_VARIANTS:
         values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
         flags += ["--rdp", *chain.from_iterable(values.items())]
-    if cell.variant == "rdp-next":
-        flags += ["--rdp-batch", "next"]
+    flags += OWN.get(cell.variant, [])
     return Training(output / "runs" / cell.name, flags, total_epochs(options, epochs))
 
 

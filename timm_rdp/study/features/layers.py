@@ -126,17 +126,18 @@ def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | 
 
 
 @contextmanager
-def dropped(model: nn.Module, path: Path) -> Iterator[None]:
-    """Within it the model runs as at inference, but with one path contributing exactly zero."""
-    calls = Counter()
+def dropped(model: nn.Module, *paths: Path) -> Iterator[None]:
+    """Within it the model runs as at inference, but with paths contributing exactly zero."""
+    calls: Counter[nn.Module] = Counter()
+    chosen: set[Any] = {(path.module, path.call) for path in paths}
 
-    def drop(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
-        calls[path] += 1
+    def drop(module: nn.Module, _: tuple, output: Tensor) -> Tensor | None:
+        call, calls[module] = calls[module], calls[module] + 1
         # A full-size tensor of its own: many blocks add the shortcut in place.
-        return torch.zeros_like(output) if calls[path] == path.call + 1 else None
+        return torch.zeros_like(output) if (module, call) in chosen else None
 
-    with (
-        model.register_forward_pre_hook(lambda *_: calls.clear()),
-        path.module.register_forward_hook(drop),
-    ):
+    with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(lambda *_: calls.clear()))
+        for module in {path.module for path in paths}:
+            hooks.enter_context(module.register_forward_hook(drop))
         yield

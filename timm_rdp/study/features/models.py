@@ -12,7 +12,7 @@ from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 import timm_rdp
 from timm_rdp.errors import UsageError, refused_with
@@ -29,22 +29,44 @@ AS_TRAINED = (
     *("mean", "std", "crop_pct", "crop_mode", "interpolation"),
 )
 
+# How the data set of a checkpoint is read, as its training options call it.
+AS_LOADED = (
+    *("task", "data_dir", "val_split", "input_key", "target_key", "target_format"),
+    *("num_classes", "val_num_samples"),
+)
 
-def choose_images(folder: str | None, count: int, seed: int) -> tuple[Subset, int]:
-    """Some of a folder's validation images, drawn with a seed, and how many classes it has.
+
+def choose_images(
+    folder: str | None,
+    count: int,
+    seed: int,
+    name: str = "",
+    trained: Mapping[str, Any] | None = None,
+) -> tuple[Subset, int]:
+    """Some validation images, drawn with a seed, and how many classes they have.
 
     Args:
         folder: as for training, with a `validation` or `val` folder of class folders, or class
             folders themselves; None for the demo's digits.
         count: how many images to take at most.
+        name: of a data set in the folder (see --dataset) that is none of class folders.
+        trained: the settings of a checkpoint, which say how that is read and, without a folder,
+            where it is.
 
     Raises:
-        UsageError: no such folder, no validation split, or too few images.
+        UsageError: no such data, no validation split, or too few images.
     """
-    root = folder or str(prepare_demo())
-    args = {"dataset": "", "data_dir": root, "class_map": "", "input_key": None}
-    dataset = make_dataset(argparse.Namespace(val_split="validation", **args), "RGB", False)
-    if Path(root, "train").is_dir() and Path(dataset.reader.root) == Path(root):
+    options, trained = vars(build_parser().parse_args([])), trained or {}
+    if "/" in name:
+        options |= {k: trained[k] for k in AS_LOADED if trained.get(k) is not None}
+        root = options["data_dir"] = folder or options["data_dir"]
+    else:
+        root = options["data_dir"] = folder or str(prepare_demo())
+    args = argparse.Namespace(**options | {"dataset": name})
+    dataset = make_dataset(args, "RGB", False)
+    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
+        raise UsageError(f"--dataset {name} is a stream, of which no images can be chosen")
+    if "/" not in name and Path(root, "train").is_dir() and Path(dataset.reader.root) == Path(root):
         raise UsageError(
             f"--data-dir {root} has train/ but no validation/ folder; add one, or give a folder "
             "that has class folders only"
@@ -54,9 +76,15 @@ def choose_images(folder: str | None, count: int, seed: int) -> tuple[Subset, in
             f"--data-dir {root} has {len(dataset)} validation images: too few to compare layers "
             f"(CKA); give {MIN_IMAGES} or more"
         )
+    images = draw(dataset, count, seed)
+    known = getattr(dataset, "classes", None) or getattr(dataset.reader, "class_to_idx", None)
+    return images, len(known or ()) or args.num_classes or 0
+
+
+def draw(dataset: Any, count: int, seed: int) -> Subset:
+    """At most `count` samples of a data set, drawn with a seed, in their order."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    images = Subset(dataset, order[:count].sort().values.tolist())
-    return images, len(dataset.reader.class_to_idx)
+    return Subset(dataset, order[:count].sort().values.tolist())
 
 
 @dataclass

@@ -1,0 +1,140 @@
+"""The complement iteration on the batches of a droppath iteration, after the optimizer's step."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+_NO_LOSS = (
+    'batch="same" repeats the calls of {model}, and finds no loss in what they return (a scalar, '
+    '["loss"] or .loss) that backward() went through: follow() the module that returns it, pass '
+    "step() a closure, or write the loop as `for it in rdp.cycle(): with it: ...`"
+)
+
+
+@dataclass
+class _Call:
+    """One call of the training forward, to be repeated."""
+
+    arguments: tuple[tuple, dict]
+    autocast: list[tuple[str, torch.dtype, bool]]  # device type, dtype, whether it is on
+    synchronises: bool  # with the other ranks, not within no_sync()
+    gradient: Tensor | None = None  # of the loss, as the script's own backward gave it
+
+
+def same_batch(batch: str, clip: Callable[[], Any] | None) -> "SameBatch | None":
+    """What runs complement iterations on the same batches, where attach() was asked for that."""
+    if batch not in ("next", "same"):
+        raise ValueError(f'batch={batch!r} must be "next" or "same"')
+    return SameBatch(clip) if batch == "same" else None
+
+
+class SameBatch:
+    """Notes the calls of a droppath iteration, and runs the complement iteration on them.
+
+    Args:
+        clip: called before the second step.
+    """
+
+    def __init__(self, clip: Callable[[], Any] | None = None):
+        self._clip = clip
+        self._calls: list[_Call] = []
+        self._module: Any = None
+
+    def watch(self, module: nn.Module, is_noted: Callable[[], bool]) -> Any:
+        """Note the calls of the module that returns the loss, while `is_noted()`."""
+
+        def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if is_noted():
+                self._note(args, kwargs, output)
+
+        self._module = module
+        return module.register_forward_hook(note, with_kwargs=True)
+
+    def _note(self, args: tuple, kwargs: dict, output: Any) -> None:
+        kinds = {p.device.type for p in self._module.parameters()}
+        autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in kinds
+        ]
+        synchronises = getattr(self._module, "require_backward_grad_sync", True)
+        call = _Call((args, kwargs), autocast, synchronises)
+        self._calls.append(call)
+        loss = _loss_in(output)
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(lambda gradient: setattr(call, "gradient", gradient))
+
+    def forget(self) -> None:
+        """Let go of the inputs."""
+        self._calls = []
+
+    def train(self, optimizer: Optimizer, closure: Callable | None) -> None:
+        """Forward, backward and step on the noted calls, or on the closure's."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with _without_gradients(parameters), torch.enable_grad():
+            if closure is not None:
+                closure()
+            else:
+                self._repeat()
+            self.forget()
+            if _unscale([p.grad for p in parameters if p.grad is not None]):
+                if self._clip is not None:
+                    self._clip()
+                optimizer.step()
+
+    def _repeat(self) -> None:
+        if not self._calls or any(call.gradient is None for call in self._calls):
+            self.forget()
+            raise RuntimeError(_NO_LOSS.format(model=type(self._module).__name__))
+        for call in self._calls:
+            args, kwargs = call.arguments
+            with ExitStack() as contexts:
+                for context in self._contexts(call):
+                    contexts.enter_context(context)
+                loss = _loss_in(self._module(*args, **kwargs))
+                assert loss is not None
+                loss.backward(call.gradient)
+
+    def _contexts(self, call: _Call) -> Iterator[AbstractContextManager]:
+        for kind, dtype, enabled in call.autocast:
+            yield torch.autocast(kind, dtype=dtype, enabled=enabled)
+        if not call.synchronises:
+            yield self._module.no_sync()
+
+
+@contextmanager
+def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Begin and end with no gradient, as zero_grad() leaves it."""
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _unscale(gradients: list[Tensor]) -> bool:
+    """Undo the scale of the GradScaler whose step this is within; whether all are finite."""
+    frame: Any = sys._getframe()
+    # No other frame is looked into: that would hold on to the script's own variables.
+    while frame is not None and frame.f_code is not GradScaler.step.__code__:
+        frame = frame.f_back
+    if frame is None or not (scaler := frame.f_locals["self"]).is_enabled():
+        return True
+    torch._foreach_div_(gradients, scaler.get_scale())
+    return all(bool(g.isfinite().all()) for g in gradients)
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in what a forward returns: a scalar, ["loss"], .loss, or the first of a tuple."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif isinstance(output, tuple | list) and not hasattr(output, "loss"):
+        output = output[0] if output else None
+    output = getattr(output, "loss", output)
+    return output if isinstance(output, Tensor) and output.numel() == 1 else None
