@@ -394,7 +394,7 @@ def train_with_a_temperature(rank, size, uses):
 def test_a_wrapper_that_the_controller_was_not_told_of_is_refused(ranks):
     for message in ranks.run(wrapped_without_follow):
         assert "DistributedDataParallel" in message
-        assert "call its follow()" in message
+        assert "call follow() with it" in message
         assert "\n" not in message
 
 
