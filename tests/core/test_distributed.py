@@ -444,6 +444,31 @@ def controller_with_hook(rank, size):
     return str(error.value)
 
 
+def test_a_validation_between_forward_and_backward_keeps_ranks_equal(ranks):
+    plain, validated = (ranks.run(train_attached, validated) for validated in (False, True))
+    assert same_bits(*validated)
+    assert same_bits(validated[0], plain[0])
+
+
+def train_attached(rank, size, validated):
+    model = create("test_vit")
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+    rdp = ResidualDropPath(ddp).attach(optimizer)
+    for i in range(6):
+        images, labels = digit_images(4, 32, 4 * (rank + size * i))
+        loss = torch.nn.functional.cross_entropy(ddp(images), labels)
+        if validated:
+            with torch.no_grad():
+                ddp.eval()(images)
+            ddp.train()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rdp.current_cycle == 3
+    return parameters_of(model)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sharded_models_train_what_an_iteration_trains(ranks, when):
     results = ranks.run(train_sharded, when)
