@@ -394,7 +394,7 @@ def train_with_a_temperature(rank, size, uses):
 def test_a_wrapper_that_the_controller_was_not_told_of_is_refused(ranks):
     for message in ranks.run(wrapped_without_follow):
         assert "DistributedDataParallel" in message
-        assert "call its follow()" in message
+        assert "call follow() with it" in message
         assert "\n" not in message
 
 
@@ -442,6 +442,31 @@ def controller_with_hook(rank, size):
     with pytest.raises(ValueError) as error:
         ResidualDropPath(ddp)
     return str(error.value)
+
+
+def test_a_validation_between_forward_and_backward_keeps_ranks_equal(ranks):
+    plain, validated = (ranks.run(train_attached, validated) for validated in (False, True))
+    assert same_bits(*validated)
+    assert same_bits(validated[0], plain[0])
+
+
+def train_attached(rank, size, validated):
+    model = create("test_vit")
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+    rdp = ResidualDropPath(ddp).attach(optimizer)
+    for i in range(6):
+        images, labels = digit_images(4, 32, 4 * (rank + size * i))
+        loss = torch.nn.functional.cross_entropy(ddp(images), labels)
+        if validated:
+            with torch.no_grad():
+                ddp.eval()(images)
+            ddp.train()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rdp.current_cycle == 3
+    return parameters_of(model)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -473,6 +473,22 @@ class ZerosForNone(torch.optim.SGD):
         return super().step(closure)
 
 
+def test_an_interrupted_complement_iteration_raises_no_false_alarm():
+    model = small_model("test_vit")
+    rdp, optimizer = ResidualDropPath(model), sgd(model)
+    start = rdp.state_dict()
+    for it in rdp.cycle():
+        with contextlib.suppress(KeyboardInterrupt), it:
+            if it.phase == "complement":
+                raise KeyboardInterrupt
+            update(model, optimizer, "test_vit")
+        if it.phase == "complement":
+            break
+    rdp.load_state_dict(start)
+    run_cycles(rdp, optimizer, "test_vit", 2)
+    assert rdp.current_cycle == 2
+
+
 @pytest.mark.parametrize("kind", ["LBFGS", "zeros for None"])
 def test_an_optimizer_that_moves_what_is_frozen_is_found_in_the_first_complement_iteration(kind):
     model = small_model("test_vit")

@@ -69,6 +69,13 @@ class AttachedLoop:
             module._loop = None
         self._hooks, self._drop_paths = [], []
 
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+
+    def _forget(self) -> None:
+        if self._same is not None:
+            self._same.forget()
+
     def _is_noted(self) -> bool:
         it = self._controller._active
         return it is not None and not it._entered_by_user and it.phase == DROPPATH
@@ -79,8 +86,6 @@ class AttachedLoop:
         if it is not None and not it._entered_by_user:
             self._controller._leave(completed=False, aside=True)
             self.aside = it
-            if self._same is not None:
-                self._same.forget()
 
     def outside(self) -> None:
         """Note that a DropPath runs in train mode, but no iteration has begun."""
@@ -100,6 +105,8 @@ class AttachedLoop:
         elif torch.is_grad_enabled():
             if controller._active is None:
                 controller._enter(controller.iteration())
+                if self.aside is not None and not self._has_gradients():
+                    self._forget()  # what an epoch left over, and zero_grad() discarded
                 self.aside, self._moves = None, 0
                 self._versions = sum(p._version for p in self._parameters)
             elif not controller._active._entered_by_user:
@@ -122,7 +129,7 @@ class AttachedLoop:
         if controller._active is None and self.aside is not None:
             controller._active, self.aside = self.aside, None
         if controller._active is None:
-            if any(p.grad is not None for p in self._parameters):
+            if self._has_gradients():
                 raise RuntimeError(
                     f"no iteration ran before this step: call the patched "
                     f"{type(controller.model).__name__} in train mode, or use pause()"
@@ -133,8 +140,8 @@ class AttachedLoop:
             completed = overflow is None or not overflow.item()
             phase = controller._active.phase
             controller._leave(completed)
-            if self._same is not None and not completed:
-                self._same.forget()
+            if not completed:
+                self._forget()
             elif self._same is not None and phase == DROPPATH:
                 self._complement(optimizer, kwargs.get("closure", (*args, None, None)[1]))
 

@@ -92,10 +92,8 @@ class GradientReducer:
         if parameter in self._bucket_of:
             self._waiting[self._bucket_of[parameter]] -= 1
             # All ranks must launch in one order, whatever order their buckets get ready in.
-            while (
-                len(self._launched) < len(self._buckets) and not self._waiting[len(self._launched)]
-            ):
-                self._launch(self._buckets[len(self._launched)])
+            while (n := len(self._launched)) < len(self._buckets) and not self._waiting[n]:
+                self._launch(self._buckets[n])
 
     def _launch(self, bucket: list[Tensor]) -> None:
         gradients = [p.grad.flatten() for p in bucket if p.grad is not None]

@@ -158,10 +158,10 @@ class ModelPatch:
                 if parameter.requires_grad and not self.compiled:
                     parameter.requires_grad_(False)
                     self._frozen[name] = parameter
-        if it.phase == COMPLEMENT and self._probes != {}:
-            some = [n for n in self.parameters if n not in it.trainable]
+        if self._probes != {}:  # a few parameters that the optimizer is to leave alone
+            some = [n for n in self.parameters if n not in it.trainable and it.phase == COMPLEMENT]
             some = some[:: len(some) // 8 + 1]
-            self._probes = {n: self.parameters[n].detach().clone() for n in some}
+            self._probes = {n: self.parameters[n].detach().clone() for n in some} or None
         if self._reducer is not None:
             self._reducer.begin(it.trainable, self._graph.reached_parameters(dropped))
 
@@ -211,7 +211,7 @@ class ModelPatch:
                     f"the optimizer moved {name}, which is frozen in this iteration: use one that "
                     "leaves parameters without a gradient alone"
                 )
-        if self._probes and self._trainable is not None:
+        if self._probes:
             self._probes = {}
         if self._in_train_mode == {False}:
             return (
