@@ -28,7 +28,7 @@ def test_a_random_part_is_of_as_many_paths_drawn_from_the_same_rates_but_indepen
             parts[rdp.dropped_part(names[i] for i in chosen), k] = frozenset(chosen)
     drawn, together, cycles = Counter(), Counter(), 4000
     for cycle in range(cycles):
-        rdp._cycle = cycle
+        rdp.current_cycle = cycle
         dropped = rdp.iteration().dropped
         chosen = parts[rdp._second_part(dropped), len(dropped)]
         assert len(chosen) == len(dropped)

@@ -64,9 +64,7 @@ class ModelPatch:
         """Raises RuntimeError where the model has other parameters than when it was patched."""
         what = "was added to the model or replaced after patching"
         if (name := self.changed()) is not None:
-            raise RuntimeError(
-                f"{name} {what}: call follow(model), or patch it when it is complete"
-            )
+            raise RuntimeError(f"{name} {what}: call follow() with it, or patch it complete")
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
@@ -206,7 +204,7 @@ class ModelPatch:
     def fault(self) -> str | None:
         """What went wrong in the iteration that is about to end, in one line."""
         for name, before in (self._probes or {}).items():
-            if not torch.equal(before, self.parameters[name]):
+            if not before.is_meta and not torch.equal(before, self.parameters[name]):
                 return (
                     f"the optimizer moved {name}, which is frozen in this iteration: use one that "
                     "leaves parameters without a gradient alone"
