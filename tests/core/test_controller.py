@@ -658,7 +658,7 @@ def test_what_is_added_or_replaced_after_patching_is_named_and_can_be_followed(
     if attached:
         rdp.attach(optimizer)
     within = lambda it: contextlib.nullcontext() if attached else it
-    refused = pytest.raises(RuntimeError, match=rf"^{name}\S* was added .*follow\(\)")
+    refused = pytest.raises(RuntimeError, match=rf"^{name}\S* was added .*call follow\(model\)")
     with refused as error, within(rdp.iteration()):
         update(model, optimizer)
     assert one_line(error)
