@@ -127,8 +127,8 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
         if args.measure and not stop:
-            ended = [t.folder for t in trainings]
-            done = [f for f in ended if runs.read_record(f)["status"] == runs.DONE]
+            records = {t.folder: runs.read_record(t.folder) for t in trainings}
+            done = [folder for folder, own in records.items() if own["status"] == runs.DONE]
             measured.measure_runs(done, args.measure, options.device)
     print(write_report(output, args.pick))
     if stop:
