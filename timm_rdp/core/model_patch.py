@@ -64,7 +64,7 @@ class ModelPatch:
         """Raises RuntimeError where the model has other parameters than when it was patched."""
         what = "was added to the model or replaced after patching"
         if (name := self.changed()) is not None:
-            raise RuntimeError(f"{name} {what}: call follow() with it, or patch it complete")
+            raise RuntimeError(f"{name} {what}: call follow(model), or patch it complete")
 
     def follow_compile(self) -> None:
         """From now on the model is run through torch.compile."""
