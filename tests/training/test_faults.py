@@ -57,7 +57,7 @@ def test_a_signal_ends_the_run_after_the_cycle_with_a_checkpoint(
 
 
 def test_a_second_signal_ends_the_run_at_once(digits_folder, tmp_path, start, fault):
-    slow = ("--model", "vit_base_patch16_224", "-b", 16, "--rdp")
+    slow = ("--model", "vit_base_patch16_224", "-b", 10, "--rdp")
     process = start(*flags(digits_folder, tmp_path, *slow))
     process.wait_for("Scheduled epochs")
     time.sleep(1)
