@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from core_helpers import (
     SMALL,
     buffers_of,
@@ -22,7 +23,6 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -469,6 +469,9 @@ def train_attached(rank, size, validated):
     return parameters_of(model)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch before 2.6 has no FSDP2"
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sharded_models_train_what_an_iteration_trains(ranks, when):
     results = ranks.run(train_sharded, when)
@@ -483,7 +486,7 @@ def train_sharded(rank, size, when):
     model = create("test_vit")
     rdp = ResidualDropPath(model) if when == "after" else None
     for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(part, mesh=mesh)
     rdp = ResidualDropPath(model) if rdp is None else rdp.follow(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
     whole = lambda: {n: p.full_tensor().clone() for n, p in model.named_parameters()}
