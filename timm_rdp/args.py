@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import random
 import shlex
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -70,7 +71,9 @@ class RandomSecond(ResidualDropPath):
             if kept.count(False) == len(dropped):
                 names = (path.name for path, k in zip(self.paths, kept, strict=True) if not k)
                 return self.dropped_part(names)
-        return self.dropped_part(dropped)  # rates have changed since, and allow no such number
+        # A rare number, or rates that have changed since: any as many, still independently.
+        draw = random.Random(f"{self.seed} {self.current_cycle}")
+        return self.dropped_part(draw.sample([path.name for path in self.paths], len(dropped)))
 
 
 class AllSecond(ResidualDropPath):

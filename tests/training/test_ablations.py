@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
-from core_helpers import same_bits
+from core_helpers import same_bits, small_model
 from runs import VIT, checkpoint, run, watch_iterations
 
 from timm_rdp.args import AllSecond, RandomSecond
@@ -75,14 +75,6 @@ def test_where_nothing_was_dropped_there_is_no_second_iteration():
         assert kind(model())._second_part(frozenset()) == frozenset()
 
 
-def test_rates_that_no_longer_allow_the_number_end_the_draw():
-    rdp = RandomSecond(model())
-    dropped = frozenset(p.name for p in rdp.paths[:2])
-    for path in rdp.paths:
-        path.module.drop_prob = 0.0
-    assert rdp._second_part(dropped) == rdp.dropped_part(dropped)
-
-
 @pytest.mark.parametrize("more", [(), ("--rdp",), ("--skip-dropped",)], ids=" ".join)
 @pytest.mark.parametrize(("half", "expected"), [("early", [1, 1, 0]), ("late", [0, 0, 1])])
 def test_half_of_the_epochs_have_stochastic_depth(
@@ -119,3 +111,16 @@ def test_a_schedule_of_nothing_and_a_second_iteration_without_rdp_are_refused(
     line = refused(*common, "--drop-path-schedule", "late")
     assert "--drop-path-schedule late" in line and "--drop-path 0.1" in line
     assert "--rdp-second all has no effect without --rdp" in refused(*common, "--rdp-second", "all")
+
+
+def test_a_number_of_paths_that_the_rates_never_give_is_drawn_all_the_same():
+    rdp = RandomSecond(small_model("test_vit"))
+    names = [path.name for path in rdp.paths]
+    part = rdp._second_part(frozenset(names[:4]))
+    for path in rdp.paths:
+        path.module.drop_prob = 0.0  # so that nothing is ever dropped
+    drawn = {rdp.current_cycle: rdp._second_part(frozenset(names[:4]))}
+    for rdp.current_cycle in range(1, 4):
+        drawn[rdp.current_cycle] = rdp._second_part(frozenset(names[:4]))
+    assert part and all(drawn.values())
+    assert len(set(drawn.values())) > 1  # not the part that was dropped, cycle after cycle
