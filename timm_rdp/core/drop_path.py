@@ -17,6 +17,8 @@ from torch import Tensor, nn
 # per-sample behaviour, 0.0 drops the path for the whole batch, any other number keeps it and
 # divides its output by that number.
 Decision = float | None
+# The same as compiled code reads it: what is False or True is constant in its graphs.
+Weight = Tensor | bool | None
 
 
 class Hook:
@@ -40,7 +42,7 @@ class MaskedDropPath(DropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
     _decisions: tuple[Decision, ...] | None = None
-    _weights: tuple[Tensor | None, ...] | None = None  # the decisions, as compiled code reads them
+    _weights: tuple[Weight, ...] | None = None  # the decisions, as compiled code reads them
     _calls: int = 1  # calls per forward
     _call: int = 0  # calls since the forward began
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
@@ -92,13 +94,14 @@ class MaskedDropPath(DropPath):
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        # Compiled code must depend on the decisions through tensors alone, or it would be compiled
-        # anew for each mask. What it was told is noted by decide().
+        # What it was told is noted by decide().
         call = 0
         if self._calls > 1:
             call = self._call
             self._call = (call + 1) % self._calls
         weight = None if self._weights is None else self._weights[call]
+        if isinstance(weight, bool):
+            return x if weight else _zeros(x.shape, x, _memory_format_of(x))
         if weight is not None:
             dropped = weight == 0
             return torch.where(dropped, 0.0, x / torch.where(dropped, 1.0, weight)).to(x.dtype)
@@ -147,9 +150,7 @@ class MaskedDropPath(DropPath):
         if call not in self._batch:
             return torch.zeros_like(x)
         batch, layout = self._batch[call]
-        layout = layout if x.ndim == 4 else torch.contiguous_format
-        shape = (batch, *x.shape[1:])
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+        return _zeros((batch, *x.shape[1:]), x, layout)
 
     def pass_on_one_sample(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook at the entrance of a dropped path, which is this call."""
@@ -181,11 +182,14 @@ class MaskedDropPath(DropPath):
         return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
 
     def decide(
-        self, decisions: Sequence[Decision] | None, weights: Sequence[Tensor | None] | None = None
+        self,
+        decisions: Sequence[Decision] | None,
+        weights: Sequence[Weight] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Set what each call of the coming forwards does; None is timm's behaviour for all.
 
-        Compiled models are handed the same as tensors of shape (), `weights`.
+        Compiled code on `device` reads the same from `weights`, tensors of shape () or constants.
         """
         # nn.Module's own __setattr__ would be most of what an iteration costs.
         vars(self).update(
@@ -195,8 +199,7 @@ class MaskedDropPath(DropPath):
             _batch={},
         )
         if decisions is not None and weights is not None:
-            told = zip(decisions, weights, strict=True)
-            self._record = [((), d != 0.0, w.device) for d, w in told if w is not None]
+            self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
@@ -238,6 +241,12 @@ def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -
     return _in_memory_order(
         y, lambda y: y.new_zeros((len(mask), *y.shape[1:])).index_copy_(0, index, y)
     )
+
+
+def _zeros(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
+    layout = layout if len(shape) == 4 else torch.contiguous_format
+    zeros = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return zeros.zero_()
 
 
 def patch(

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.ddp import GradientReducer
-from timm_rdp.core.drop_path import Decision, Hook, MaskedDropPath, patch, unpatch
+from timm_rdp.core.decisions import Decisions
+from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.iteration import COMPLEMENT, Iteration
 from timm_rdp.core.paths import Path, PathGraph
+from timm_rdp.core.regions import Region, compile_regions, compiled_regions, region_of
 
 
 class ModelPatch:
     """Everything that ResidualDropPath changes in a model, and how it is taken back.
 
-    An eager model is told what to drop by numbers and what to train by `requires_grad`. A compiled
-    one must see neither change, which would be compiled anew: it reads the decisions from tensors,
-    keeps its flags, and gradients that it should not have made are discarded.
+    What to train is told by `requires_grad`. A model that is compiled as a whole must not see that
+    change, which would be compiled anew: it keeps its flags, and gradients that it should not have
+    made are discarded. One compiled by regions has graphs for it (see regions.py).
 
     Args:
         model: the model, not wrapped.
@@ -34,14 +36,15 @@ class ModelPatch:
         self, model: nn.Module, drop_paths: dict[str, DropPath], graph: PathGraph, owner: object
     ):
         self.parameters = dict(model.named_parameters())
-        self.compiled = False
+        self.compiled = False  # as a whole
         self._model = model
         self._graph = graph
         self._paths = {p.name: p for p in graph.paths}
         self._modules = dict(model.named_modules())
         self.drop_paths = patch(drop_paths, graph.calls_per_forward, owner)
         self._reducer: GradientReducer | None = None
-        self._weights = torch.ones(0)  # the decisions, as compiled code reads them
+        self._decisions = Decisions(self.drop_paths.values(), graph.paths)
+        self._regions: dict[str, Region] = {}  # by the names of all modules within them
         self._hooks: list[Any] = []
         self._trainable: frozenset[str] | None = None
         # What the patch is for: the dicts of modules and parameters of all modules that have some.
@@ -57,8 +60,7 @@ class ModelPatch:
         self._called_otherwise: str | None = None
         self._in_train_mode: set[bool] = set()  # of the forwards that dropped something
         self._probes: dict[str, Tensor] | None = None  # {} once the optimizer was found to be fit
-        if any(m._compiled_call_impl is not None for m in model.modules()):
-            self.follow_compile()
+        self.follow(model)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where the model has other parameters than when it was patched."""
@@ -66,15 +68,30 @@ class ModelPatch:
         if (name := self.changed()) is not None:
             raise RuntimeError(f"{name} {what}: call follow(model), or patch it complete")
 
-    def follow_compile(self) -> None:
-        """From now on the model is run through torch.compile."""
-        self.compiled = True
-        self._hook_gradients()
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile the model in place, by regions where it has some; ValueError where it is."""
+        if self.compiled or self._regions:
+            raise ValueError("the model is compiled already")
+        if "reduce-overhead" in (mode := str(options.get("mode"))) or mode == "max-autotune":
+            raise ValueError(
+                f"mode={mode!r} records CUDA graphs, which regions that share a graph cannot have: "
+                'use "default" or "max-autotune-no-cudagraphs"'
+            )
+        compile_regions(self._model, self._graph, options)
+        self.follow(self._model)
 
-    def follow_ddp(self, ddp: DistributedDataParallel) -> None:
-        """From now on the model is run through DistributedDataParallel."""
-        self._reducer = GradientReducer(ddp, self.parameters)
-        self._hook_gradients()
+    def follow(self, wrapper: nn.Module) -> None:
+        """From now on the model is run through this wrapper, or modules of it are compiled."""
+        if isinstance(wrapper, DistributedDataParallel):
+            self._reducer = GradientReducer(wrapper, self.parameters)
+            self._hook_gradients()
+        whole = self.compiled or hasattr(wrapper, "_orig_mod")
+        regions = None if whole else compiled_regions(self._model, self._graph)
+        self.compiled = regions is None
+        regions = regions or {}
+        self._regions = {n: r for n in self._modules if (r := region_of(n, regions)) is not None}
+        if self.compiled:
+            self._hook_gradients()
 
     def _hook_gradients(self) -> None:
         if self._hooks:
@@ -97,7 +114,8 @@ class ModelPatch:
     def __getstate__(self) -> dict[str, Any]:
         # A copy is of the model inside the wrappers, and no iteration of this one is its own.
         empty = {"_hooks": [], "_iteration_hooks": [], "_saved_buffers": [], "_resting": []}
-        return {**vars(self), "compiled": False, "_reducer": None, "_trainable": None, **empty}
+        alone = {"compiled": False, "_regions": {}, "_reducer": None, "_trainable": None}
+        return {**vars(self), **alone, **empty}
 
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
@@ -120,10 +138,10 @@ class ModelPatch:
         now = dict([*self._model.named_modules(), *self._model.named_parameters()])
         return next((name for name in [*now, *then] if now.get(name) is not then.get(name)), None)
 
-    def beginning(self) -> list[nn.Module]:
+    def beginning(self) -> list[nn.Module | Region]:
         """Where its first path begins, which forward_features() does not go around."""
         names = [] if self.compiled else self._graph.entrances(self._graph.paths[0].name)
-        return [self._modules[name] for name in names]
+        return [self._regions.get(name, self._modules[name]) for name in names]
 
     def turn_on(self, it: Iteration) -> None:
         """Set the model for an iteration, or leave it as it was where that fails."""
@@ -136,13 +154,17 @@ class ModelPatch:
     def _turn_on(self, it: Iteration) -> None:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
         self._in_train_mode = set()
-        self._decide(it)
+        device = next(iter(self.parameters.values())).device
+        in_regions = [m for name, m in self.drop_paths.items() if name in self._regions]
+        self._decisions.tell(it, device, self.compiled, in_regions)
         self._keep_buffers(dropped)
         if not self.compiled:
             self._called_otherwise = None
             paths = [self._paths[name] for name in dropped]
             for path in paths:  # what is dropped is handed one sample, where that can be done
                 for entrance in path.entrances:
+                    if entrance in self._regions:
+                        continue  # and is not in its graph
                     hook = partial(_patched(path).pass_on_one_sample, path.call)
                     self._hook_forward(self._modules[entrance], hook)
             self._hook_forward(self._model, partial(self._begin_forward, paths))
@@ -180,6 +202,8 @@ class ModelPatch:
             buffer.copy_(value)
         for hook in self._iteration_hooks:
             hook.remove()
+        for region in self._regions.values():
+            region.resting = []
         self._frozen, self._resting = {}, []
         self._saved_buffers, self._iteration_hooks = [], []
         for module in self.drop_paths.values():
@@ -233,36 +257,21 @@ class ModelPatch:
             hook.remove()
         if self._reducer is not None:
             self._reducer.remove()
+        for region in self._regions.values():
+            region.remove()
         unpatch(self.drop_paths)
 
     def _hook_forward(self, module: nn.Module, function: Any, prepend: bool = False) -> None:
         hook = module.register_forward_pre_hook(Hook(function), prepend=prepend)
         self._iteration_hooks.append(hook)
 
-    def _decide(self, it: Iteration) -> None:
-        """Tell each call of a DropPath what to do; timm's own behaviour where it is no residual."""
-        told: dict[MaskedDropPath, list[Decision]]
-        told = {m: [None] * m._calls for m in self.drop_paths.values()}
-        for path in self._paths.values():
-            if path.residual:
-                told[_patched(path)][path.call] = _decision(it, path)
-        weights: list = [None] * len(told)
-        if self.compiled:
-            device = next(iter(self.parameters.values())).device
-            flat = [d for calls in told.values() for d in calls if d is not None]
-            if len(self._weights) != len(flat) or self._weights.device != device:
-                self._weights = torch.ones(len(flat), device=device)
-                self._views = self._weights.unbind()
-            self._weights.copy_(torch.tensor(flat), non_blocking=True)
-            views = iter(self._views)
-            weights = [[None if d is None else next(views) for d in c] for c in told.values()]
-        for (module, decisions), of_module in zip(told.items(), weights, strict=True):
-            module.decide(decisions, of_module)
-
     def _keep_buffers(self, dropped: frozenset[str]) -> None:
         """Leave the buffers of what is dropped (BatchNorm statistics) as they are."""
         for name in self._graph.dropped_buffers(dropped):
             module = self._modules[name]
+            if name in self._regions:
+                self._regions[name].resting.append(module)
+                continue
             if self.compiled:
                 if module.training:
                     self._saved_buffers += [(b, b.clone()) for b in module.buffers(recurse=False)]
@@ -307,12 +316,3 @@ class ModelPatch:
 def _patched(path: Path) -> MaskedDropPath:
     assert isinstance(path.module, MaskedDropPath)
     return path.module
-
-
-def _decision(it: Iteration, path: Path) -> float:
-    """What the path's DropPath does in this iteration (see drop_path.Decision)."""
-    if it.phase == COMPLEMENT:
-        return 1.0
-    if path.name in it.dropped:
-        return 0.0
-    return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

@@ -46,8 +46,8 @@ class ResidualDropPath:
             default an image of the size that the model says it takes.
 
     Raises:
-        ValueError: the model has no residual path that can be dropped or none that carries a
-            parameter, cannot be traced or is already patched; or an argument is out of its range.
+        ValueError: no residual path of the model can be dropped or carries a parameter, or it
+            cannot be traced or is patched already; or an argument is out of its range.
 
     Attributes:
         masks: {path name: kept?} of the current cycle; {} before the first.
@@ -60,8 +60,7 @@ class ResidualDropPath:
         self.model = checks.unwrap(model)
         self.masks: dict[str, bool] = {}
         self._example_input = example_input
-        self.current_cycle = 0
-        self.phase = DROPPATH
+        self.current_cycle, self.phase = 0, DROPPATH
         self._dropped: frozenset[str] = frozenset()
         self._active: Iteration | None = None
         self._loop: AttachedLoop | None = None
@@ -102,8 +101,8 @@ class ResidualDropPath:
                 parameters or modules of it were added or replaced.
 
         Raises:
-            ValueError: it does not wrap the model that was patched, or ranks differ in what
-                determines the masks; or what the constructor raises.
+            ValueError: it is not around this model, or ranks differ in what determines the masks;
+                or what the constructor raises.
             RuntimeError: called within an iteration.
         """
         self._check_in_use()
@@ -117,25 +116,34 @@ class ResidualDropPath:
         for inside in checks.wrappers_around(self.model, wrapper):
             if isinstance(inside, DistributedDataParallel):
                 check_same_on_all_ranks(inside, self.state_dict())
-                self._patch.follow_ddp(inside)
-            elif hasattr(inside, "_orig_mod"):
-                self._patch.follow_compile()
-        if self._loop is not None:
-            self._loop.hook(self._patch, wrapper)
+            self._patch.follow(inside)
+        self._patch.follow(self.model)
+        self._follow_in_loop()
         return self
 
-    def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
-        """D(names): the parameters that reach the output only through these paths, by name.
+    def compile(self, **options: Any) -> nn.Module:
+        """Compile in place, one by one, the modules that hold a path each; returns the model.
 
-        Raises ValueError where a name is not that of a path.
+        What is dropped is not in their graphs, and what is frozen has no backward pass. A model
+        without such regions is compiled as a whole, which saves neither. Options: torch.compile's.
+
+        Raises:
+            ValueError: it is compiled already, or by a mode that records CUDA graphs.
+            RuntimeError: called within an iteration.
         """
+        self._check_in_use()
+        self._close("compile")
+        self._patch.compile(options)
+        return self._follow_in_loop()
+
+    def dropped_part(self, names: Iterable[str]) -> frozenset[str]:
+        """D(names): parameters that reach the output by these paths alone; ValueError if none."""
         return self._graph.dropped_part(names)
 
     def iteration(self) -> Iteration:
         """The next iteration of the sequence; the same one until it has been completed.
 
-        Raises:
-            RuntimeError: detached, or the model has no parameter that requires a gradient.
+        Raises RuntimeError: detached, or the model has no parameter that requires a gradient.
         """
         self._check_in_use()
         it = self._next()
@@ -154,11 +162,8 @@ class ResidualDropPath:
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
         complement = self.phase == COMPLEMENT
         part = self._second_part(dropped) if complement else self.dropped_part(dropped)
-        trainable = frozenset(
-            name
-            for name, parameter in self._patch.parameters.items()
-            if parameter.requires_grad and (name in part) is complement
-        )
+        flags = {n: p.requires_grad for n, p in self._patch.parameters.items()}
+        trainable = frozenset(n for n, flag in flags.items() if flag and (n in part) is complement)
         return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
 
     def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
@@ -168,8 +173,7 @@ class ResidualDropPath:
     def cycle(self) -> Iterator[Iteration]:
         """The iterations of the next cycle, or what is left of it, one after the other.
 
-        Raises:
-            RuntimeError: an iteration was not entered with `with`.
+        Raises RuntimeError where an iteration was not entered with `with`.
         """
         cycle = self.current_cycle
         while self.current_cycle == cycle and (it := self.iteration()).cycle == cycle:
@@ -178,11 +182,7 @@ class ResidualDropPath:
                 raise RuntimeError(f"{it} was not entered: run it within `with it:`")
 
     def detach(self) -> nn.Module:
-        """Give the model its original classes back, remove every hook, and return it.
-
-        Raises:
-            RuntimeError: called within an iteration.
-        """
+        """Give the model its classes back, without hooks; RuntimeError within an iteration."""
         if self._detached:
             return self.model
         self._close("detach")
@@ -203,15 +203,9 @@ class ResidualDropPath:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence stands, in plain Python values: loads with weights_only=True."""
-        return {
-            "seed": self.seed,
-            "every": self.every,
-            "cycle": self.current_cycle,
-            "phase": self.phase,
-            "dropped": sorted(self._dropped),
-            "masks": dict(self.masks),
-            "paths": [p.name for p in self.paths],
-        }
+        drawn = {"dropped": sorted(self._dropped), "masks": dict(self.masks)}
+        at = {"seed": self.seed, "every": self.every, "cycle": self.current_cycle}
+        return {**at, "phase": self.phase, **drawn, "paths": [p.name for p in self.paths]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the sequence where the controller that gave `state` stood.
@@ -255,8 +249,13 @@ class ResidualDropPath:
         if self._loop is not None:
             raise ValueError("already attached to an optimizer: RDP follows one; detach() first")
         self._loop = AttachedLoop(self, optimizer, self._patch, same_batch(batch, clip))
-        self._loop.hook(self._patch, self._outermost)
+        self._follow_in_loop()
         return self
+
+    def _follow_in_loop(self) -> nn.Module:
+        if self._loop is not None:
+            self._loop.hook(self._patch, self._outermost)
+        return self.model
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -313,8 +312,8 @@ class ResidualDropPath:
 
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
-            carried = self._second_part(it.dropped)
-            if any(self._patch.parameters[name].requires_grad for name in carried):
+            parameters = self._patch.parameters
+            if any(parameters[n].requires_grad for n in self._second_part(it.dropped)):
                 self.phase = COMPLEMENT
                 return
         self.current_cycle, self.phase = it.cycle + 1, DROPPATH
