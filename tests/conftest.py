@@ -29,6 +29,17 @@ def demo_cache(tmp_path_factory) -> Path:
         yield folder
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled yet, and what the test compiles does not outlive it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # No processes that outlive the test, no results of an earlier run.
+    with torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory) -> Path:
     """80 training and 40 validation images of scikit-learn's digits, as an image folder.

@@ -1,34 +1,19 @@
 """Rule 8: torch.compile gives the updates of eager mode, without a graph for every mask."""
 
 import copy
-import math
 
 import pytest
 import torch
+from compile_helpers import check_same_training, drop_paths, graphs, train
 from core_helpers import batch, buffers_of, changed, loss_of, parameters_of, small_model
-from timm.layers import DropPath
-from torch._dynamo.utils import counters
 
 from timm_rdp import ResidualDropPath
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 CAIT = "cait_xxs24_224"  # calls each of its DropPaths twice per forward
 MODELS = ["test_vit", "test_resnet", CAIT]
 SMALLER = {"test_vit": {"depth": 3}, CAIT: {"depth": 2}}  # where the paths' number does not matter
-CYCLES = 20
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    # No processes that outlive the test, no results of an earlier run.
-    with torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False):
-        yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    return counters["stats"]["unique_graphs"]
 
 
 def compiled_pair(name, backend="aot_eager", order="given", small=True, dtype=torch.float32):
@@ -43,70 +28,6 @@ def compiled_pair(name, backend="aot_eager", order="given", small=True, dtype=to
         compiled = torch.compile(model, backend=backend)
         assert rdp.follow(compiled) is rdp
     return (eager, ResidualDropPath(eager)), (compiled, rdp)
-
-
-def train(pair, name, cycles=CYCLES, accumulate=1, autocast=False, clip=None, set_to_none=True):
-    """Run whole cycles; what each iteration did."""
-    model, rdp = pair
-    # Momentum and decay move whatever has a gradient, be it zero.
-    optimizer = torch.optim.SGD(
-        rdp.model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True
-    )
-    dtype = next(model.parameters()).dtype
-    steps = []
-    start = 0
-    for _ in range(cycles):
-        for it in rdp.cycle():
-            before, buffers = parameters_of(rdp.model), buffers_of(rdp.model)
-            loss = 0.0
-            with it:
-                for part in range(accumulate):
-                    images, labels = batch(name, 8, start + 8 * part)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                        part_loss = loss_of(model, images.to(dtype), labels) / accumulate
-                    part_loss.backward()
-                    loss += part_loss.item()
-                with_gradient = {n for n, p in rdp.model.named_parameters() if p.grad is not None}
-                masks = [m.masks for m in drop_paths(rdp.model)]
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=set_to_none)
-            steps.append(
-                {
-                    "phase": it.phase,
-                    "dropped": it.dropped,
-                    "trainable": it.trainable,
-                    "loss": loss,
-                    "with gradient": with_gradient,
-                    "trained": changed(before, parameters_of(rdp.model)),
-                    "buffers moved": changed(buffers, buffers_of(rdp.model)),
-                    "masks": masks,
-                }
-            )
-        start = (start + 8 * accumulate) % 1600
-    return steps
-
-
-def drop_paths(model):
-    return [m for m in model.modules() if isinstance(m, DropPath)]
-
-
-def check_same_training(eager, compiled, tolerance=1e-5, **options):
-    """Both do the same: the sets to the last bit, the numbers within tolerance."""
-    eager_steps, compiled_steps = train(eager, **options), train(compiled, **options)
-    assert graphs() >= 1
-    assert len({step["dropped"] for step in eager_steps}) > 5
-    assert {step["phase"] for step in eager_steps} == {"droppath", "complement"}
-    for ours, theirs in zip(compiled_steps, eager_steps, strict=True):
-        assert math.isclose(
-            ours.pop("loss"), theirs.pop("loss"), rel_tol=tolerance, abs_tol=tolerance
-        )
-        assert ours == theirs
-        assert ours["trained"] <= ours["trainable"]
-    for a, b in zip(eager[1].model.parameters(), compiled[1].model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
-    return compiled_steps
 
 
 @pytest.mark.parametrize(
@@ -198,8 +119,8 @@ def test_outside_iterations_and_in_eval_mode_it_is_the_unpatched_model_compiled(
     reference = torch.compile(plain, backend="aot_eager")
     rdp = ResidualDropPath(compiled)
 
-    def run(model, train):
-        model.train(train)
+    def run(model, training):
+        model.train(training)
         torch.manual_seed(5)
         loss = loss_of(model, *batch(name))
         loss.backward()
@@ -207,12 +128,12 @@ def test_outside_iterations_and_in_eval_mode_it_is_the_unpatched_model_compiled(
         model.zero_grad()
         return {"loss": loss.detach(), "random state": torch.get_rng_state(), **gradients}
 
-    for train in (True, False):
-        ours = {n.removeprefix("_orig_mod."): v for n, v in run(compiled, train).items()}
-        theirs = {n.removeprefix("_orig_mod."): v for n, v in run(reference, train).items()}
+    for training in (True, False):
+        ours = {n.removeprefix("_orig_mod."): v for n, v in run(compiled, training).items()}
+        theirs = {n.removeprefix("_orig_mod."): v for n, v in run(reference, training).items()}
         assert not changed(theirs, ours)
         assert not changed(buffers_of(plain), buffers_of(patched))
-        if train:
+        if training:
             assert {mask.shape for m in drop_paths(patched) for mask in m.masks} == {(4,)}
             assert not all(mask.all() for m in drop_paths(patched) for mask in m.masks)
 

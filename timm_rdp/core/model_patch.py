@@ -10,12 +10,13 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_rdp.core import regions
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.decisions import Decisions
 from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.iteration import COMPLEMENT, Iteration
 from timm_rdp.core.paths import Path, PathGraph
-from timm_rdp.core.regions import Region, compile_regions, compiled_regions, region_of
+from timm_rdp.core.regions import Region
 
 
 class ModelPatch:
@@ -72,12 +73,7 @@ class ModelPatch:
         """Compile the model in place, by regions where it has some; ValueError where it is."""
         if self.compiled or self._regions:
             raise ValueError("the model is compiled already")
-        if "reduce-overhead" in (mode := str(options.get("mode"))) or mode == "max-autotune":
-            raise ValueError(
-                f"mode={mode!r} records CUDA graphs, which regions that share a graph cannot have: "
-                'use "default" or "max-autotune-no-cudagraphs"'
-            )
-        compile_regions(self._model, self._graph, options)
+        regions.compile_regions(self._model, self._graph, options)
         self.follow(self._model)
 
     def follow(self, wrapper: nn.Module) -> None:
@@ -85,12 +81,17 @@ class ModelPatch:
         if isinstance(wrapper, DistributedDataParallel):
             self._reducer = GradientReducer(wrapper, self.parameters)
             self._hook_gradients()
-        whole = self.compiled or hasattr(wrapper, "_orig_mod")
-        regions = None if whole else compiled_regions(self._model, self._graph)
-        self.compiled = regions is None
-        regions = regions or {}
-        self._regions = {n: r for n in self._modules if (r := region_of(n, regions)) is not None}
+        whole = hasattr(wrapper, "_orig_mod")
+        if whole and self._regions:
+            raise ValueError("blocks of the model are compiled already: use it as it is")
         if self.compiled:
+            return
+        found = None if whole else regions.compiled_regions(self._model, self._graph)
+        inside = {n: regions.region_of(n, found or {}) for n in self._modules}
+        self._regions = {n: region for n, region in inside.items() if region is not None}
+        if found is None:
+            self.compiled = True
+            regions.tell_of_regions(self._model, self._graph)
             self._hook_gradients()
 
     def _hook_gradients(self) -> None:

@@ -5,18 +5,22 @@ frozen has no backward pass, and regions of one kind share them. However many ma
 no more graphs than its own few paths have states.
 """
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from timm.layers.drop import DropPath
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from timm_rdp.core.paths import Path, PathGraph
+from timm_rdp.core.versions import allow_graphs
+
+_logger = logging.getLogger(__name__)
 
 _MOST_PATHS = 4  # in one region, whose graphs their states multiply
-_GRAPHS = 128  # that dynamo may make of one function before it gives up; its default is 8
+_GRAPHS = 128  # that dynamo may make of one function before it runs it as it was written
 
 
 class Region:
@@ -30,7 +34,7 @@ class Region:
         self.module = module
         self.resting: list[nn.Module] = []
         self._compiled = compiled
-        self._hooks: dict[int, Callable] = {}
+        self._hooks: OrderedDict[int, Callable] = OrderedDict()
         module._compiled_call_impl = self  # copies and pickles leave it out
 
     def register_forward_pre_hook(self, hook: Callable, prepend: bool = False) -> RemovableHandle:
@@ -74,14 +78,32 @@ def find_regions(model: nn.Module, graph: PathGraph) -> dict[str, tuple[str, ...
 
 def compile_regions(model: nn.Module, graph: PathGraph, options: dict[str, Any]) -> None:
     """Compile the regions of a model in place, or else the whole; options as of torch.compile."""
+    if "reduce-overhead" in (mode := str(options.get("mode"))) or mode == "max-autotune":
+        raise ValueError(
+            f"mode={mode!r} records CUDA graphs, which change with what is dropped: use "
+            '"max-autotune-no-cudagraphs" or "default"'
+        )
     names = find_regions(model, graph)
     if not names:
         return model.compile(**options)
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
-    for name in names:
-        # A size of its own is worth a graph: widths differ between stages, batches seldom do.
-        model.get_submodule(name).compile(**{"dynamic": False, **options})
+    allow_graphs(_GRAPHS)
+    kinds = {type(model.get_submodule(name)) for name in names}
+    done: list[str] = []
+    for name, module in model.named_modules():  # blocks of their kind without a path too
+        if (name in names or type(module) in kinds) and not any(_is_within(name, d) for d in done):
+            # A size of its own is worth a graph: widths differ between stages, batches seldom do.
+            module.compile(**{"dynamic": False, **options})
+            done.append(name)
+
+
+def tell_of_regions(model: nn.Module, graph: PathGraph) -> None:
+    """Say what a model that was compiled as a whole does for nothing, if it need not."""
+    paths = sum(map(len, find_regions(model, graph).values()))
+    if paths:
+        _logger.warning(
+            f"compiled as a whole, {type(model).__name__} computes dropped paths and gradients of "
+            f"what is frozen, to discard them: rdp.compile() instead saves that for {paths} paths"
+        )
 
 
 def region_of(name: str, regions: Mapping[str, Region]) -> Region | None:

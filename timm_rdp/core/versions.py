@@ -37,6 +37,14 @@ def not_compiled() -> AbstractContextManager:
     return sys.modules["torch._dynamo"].config.patch(disable=True)
 
 
+def allow_graphs(count: int) -> None:
+    """Have dynamo make up to `count` graphs of one function; by itself it stops at 8."""
+    config = torch._dynamo.config
+    # Before torch 2.6 it was named after its cache.
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), count))
+
+
 def input_size(model: nn.Module) -> tuple[int, ...]:
     """Channels, height and width of the images that a timm model takes by default."""
     try:
