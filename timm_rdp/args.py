@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_rdp.core.masks import sample_masks
 from timm_rdp.core.rdp import ResidualDropPath
-from timm_rdp.core.skip_dropped import skip_dropped
+from timm_rdp.core.skip_dropped import SAMPLES, skip_dropped
 from timm_rdp.errors import UsageError, nearest
 
 _logger = logging.getLogger(__name__)
@@ -123,8 +123,11 @@ def add_rdp_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add("--rdp-seed", type=int, metavar="N", help="seed of the masks (default: --seed)")
     add(
         "--skip-dropped",
-        action="store_true",
-        help="without --rdp: compute what timm's per-sample DropPath keeps, and nothing else",
+        nargs="?",
+        choices=SAMPLES,
+        const=SAMPLES[0],
+        help="without --rdp: compute what timm's per-sample DropPath keeps, and nothing else: the "
+        "samples that it draws, or a fixed number, which compiles too (default: drawn)",
     )
     return group
 
@@ -142,17 +145,18 @@ def from_args(
     Raises:
         ValueError: see ResidualDropPath.
     """
-    skip = getattr(args, "skip_dropped", False)
+    skip = getattr(args, "skip_dropped", None)
     if skip and args.rdp:
         raise ValueError(
             "--skip-dropped cannot be combined with --rdp, which does not run dropped paths anyway"
         )
-    if skip and getattr(args, "torchcompile", None):
+    if skip and skip != "fixed" and getattr(args, "torchcompile", None):
         raise ValueError(
-            "--skip-dropped cannot be combined with --torchcompile: compiled code runs every path"
+            "--skip-dropped cannot be combined with --torchcompile, because compiled code runs "
+            "every path: use --skip-dropped fixed"
         )
     if skip:
-        skip_dropped(model, example_input)
+        skip_dropped(model, example_input, samples=skip)
     if not args.rdp:
         return None
     seeds = (args.rdp_seed, getattr(args, "seed", None), 0)

@@ -226,3 +226,82 @@ def test_the_training_script_skips_with_skip_dropped(digits_folder, tmp_path, mo
 def test_skip_dropped_that_would_do_nothing_is_refused(refused, digits_folder, more, said):
     flags = ("--data-dir", digits_folder, "--num-classes", 10, "-b", 16, "-j", 0)
     assert said in refused(*flags, *runs.VIT, *more)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_a_fixed_number_of_samples_is_kept_and_the_expectation_is_timms(rate, scale_by_keep):
+    """Each sample is kept as often as any other, and what is kept makes up for what is not."""
+    batch_size, draws = 7, 400
+    model = OneBlock(rate, scale_by_keep)
+    x = torch.randn(batch_size, 4)
+    plain = model.branch(x)
+    assert skip_dropped(model, torch.randn(2, 4), samples="fixed").skipped == ("drop_path",)
+    often, total = torch.zeros(batch_size), torch.zeros(batch_size, 4)
+    for _ in range(draws):
+        output = model(x) - x
+        (mask,) = model.drop_path.masks
+        assert mask.shape == (batch_size,)
+        assert mask.sum() == max(1, round(batch_size * (1 - rate)))
+        assert not output[~mask].any()
+        often += mask
+        total += output
+    # timm's: rows are zero with this rate, and divided by what is left where it has scale_by_keep.
+    expected = plain if scale_by_keep and rate < 1 else plain * (1 - rate)
+    kept = mask.sum() / batch_size
+    torch.testing.assert_close(often / draws, kept.expand(batch_size), rtol=0, atol=0.12)
+    torch.testing.assert_close(
+        total * (kept * draws / often).unsqueeze(1) / draws, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+class OneBlock(nn.Module):
+    def __init__(self, rate, scale_by_keep):
+        super().__init__()
+        self.branch = nn.Linear(4, 4)
+        self.drop_path = DropPath(rate, scale_by_keep)
+
+    def forward(self, x):
+        return x + self.drop_path(self.branch(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS[1:])]
+)
+def test_a_fixed_number_of_samples_compiles_to_one_graph_that_skips(name, fresh_compiler):
+    eager, model = small_model(name), small_model(name)
+    for each in (eager, model):
+        assert skip_dropped(each, batch(name)[0], samples="fixed").skipped
+    sizes = []
+
+    def watched(graph, inputs):
+        sizes.extend(n for n in graph.graph.nodes if "randperm" in str(n.target))
+        return graph.forward
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, backend=watched)
+        for seed in range(3):
+            assert_close(one_step(compiled, name, seed), one_step_as(compiled, eager, name, seed))
+    assert len(sizes) == len(skipped_of(model))
+
+
+def one_step_as(compiled, eager, name, seed):
+    loss, gradients, state = one_step(eager, name, seed)
+    return loss, {f"_orig_mod.{n}": g for n, g in gradients.items()}, state
+
+
+def skipped_of(model):
+    return [m for m in model.modules() if isinstance(m, DropPath) for _ in m.masks]
+
+
+def test_other_samples_than_drawn_or_fixed_are_refused():
+    with pytest.raises(ValueError, match="samples='all': must be one of drawn, fixed"):
+        skip_dropped(small_model("test_vit"), samples="all")
+
+
+def test_the_training_script_takes_a_fixed_number_compiled_too(digits_folder, tmp_path):
+    config = tmp_path / "old.yaml"
+    config.write_text("skip_dropped: true\n")
+    flags = ("--drop-path", 0.5, "--skip-dropped", "fixed", "--torchcompile", "aot_eager")
+    runs.run(digits_folder, tmp_path, *flags, "-c", config, "--experiment", "fixed")
+    assert float(runs.rows(tmp_path / "fixed")[0]["train_loss"]) > 0

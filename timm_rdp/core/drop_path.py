@@ -43,6 +43,7 @@ class MaskedDropPath(DropPath):
 
     _decisions: tuple[Decision, ...] | None = None
     _weights: tuple[Weight, ...] | None = None  # the decisions, as compiled code reads them
+    _trained: str = ""  # which parameters of the region that it is compiled with require a gradient
     _calls: int = 1  # calls per forward
     _call: int = 0  # calls since the forward began
     _recompute: tuple[int, int] = (-1, 0)  # backward pass that recomputes this module, calls in it
@@ -51,9 +52,9 @@ class MaskedDropPath(DropPath):
     _loop: Any = None  # the AttachedLoop, if there is one
     # What the entrances of its paths passed on, by call. Of a dropped one, the batch size and the
     # memory format of the zeros that it returns; of others the mask (B,), the indices of the kept
-    # samples (None: all), and the entrances that have passed them on.
+    # samples (None: all), what to multiply by, and the entrances that have passed them on.
     _batch: dict[int, tuple[int, torch.memory_format]]
-    _kept: dict[int, tuple[Tensor, Tensor | None, set[nn.Module]]]
+    _kept: dict[int, tuple[Tensor, Tensor | None, float, tuple[int, ...]]]
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
@@ -82,9 +83,8 @@ class MaskedDropPath(DropPath):
             elif decision != 1.0:
                 x = x / decision
         elif call in self._kept:
-            entry, index, _ = self._kept.pop(call)
-            scaled = self.scale_by_keep and self.drop_prob < 1.0
-            x = _scatter_kept(x, entry, index, 1 / (1 - self.drop_prob) if scaled else 1.0)
+            entry, index, scale, _ = self._kept.pop(call)
+            x = _scatter_kept(x, entry, index, scale)
         else:
             if self._decisions is None and torch.is_grad_enabled():
                 self._check_outside(first_forward)
@@ -96,6 +96,8 @@ class MaskedDropPath(DropPath):
     def _forward_compiled(self, x: Tensor) -> Tensor:
         # What it was told is noted by decide().
         call = 0
+        if self._trained == "?":  # looked at, since torch before 2.12 has no graphs for each flag
+            return x
         if self._calls > 1:
             call = self._call
             self._call = (call + 1) % self._calls
@@ -107,7 +109,11 @@ class MaskedDropPath(DropPath):
             return torch.where(dropped, 0.0, x / torch.where(dropped, 1.0, weight)).to(x.dtype)
         if self._weights is None and self._decisions is not None:
             _refuse_unknown_compile()
-        x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
+        if call in self._kept:
+            entry, index, scale, _ = self._kept.pop(call)
+            x = _scatter_kept(x, entry, index, scale)
+        else:
+            x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
         self._record = [entry] if call == 0 else [*self._record, entry]
         return x
 
@@ -161,25 +167,44 @@ class MaskedDropPath(DropPath):
         self._batch[call] = (len(x), _memory_format_of(x))
         return (x[:1].detach(), *args[1:])
 
-    def pass_on_kept_samples(self, call: int, module: nn.Module, args: tuple) -> tuple | None:
-        """Forward pre-hook at the entrance of a path: samples timm's mask, passes on the kept."""
-        if not self.training or self.drop_prob == 0.0 or not args or torch.compiler.is_compiling():
+    def pass_on_kept_samples(
+        self, call: int, entrance: int, fixed: bool, module: nn.Module, args: tuple
+    ) -> tuple | None:
+        """Forward pre-hook at an entrance of a path: passes on the samples that are kept.
+
+        The first entrance samples which: timm's mask, or as many as it keeps on average.
+        """
+        if not self.training or self.drop_prob == 0.0 or not args:
             return None
+        if torch.compiler.is_compiling() and not fixed:
+            return None  # their number would be compiled for
         x = args[0]
-        sampled = self._kept.get(call)
-        if sampled is None or module in sampled[2]:  # the first entrance of this forward
-            mask = x.new_empty(x.shape[0]).bernoulli_(1 - self.drop_prob)
-            index = mask.nonzero().squeeze(1)
-            if not len(index):
-                index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
-            elif len(index) == len(mask):
-                index = None
-            sampled = self._kept[call] = (mask, index, set())
-        index = sampled[1]
-        sampled[2].add(module)
+        if call not in self._kept or entrance in self._kept[call][3]:
+            sample = self._sample_fixed if fixed else self._sample_mask
+            self._kept[call] = (*sample(x), ())
+        mask, index, scale, passed = self._kept[call]
+        self._kept[call] = (mask, index, scale, (*passed, entrance))
         if index is None:
             return None
         return (_in_memory_order(x, lambda x: x.index_select(0, index)), *args[1:])
+
+    def _sample_mask(self, x: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        mask = x.new_empty(x.shape[0]).bernoulli_(1 - self.drop_prob)
+        index = mask.nonzero().squeeze(1)
+        if not len(index):
+            index = index.new_zeros(1)  # parameters get a gradient of zero, as with timm
+        scaled = self.scale_by_keep and self.drop_prob < 1.0
+        scale = 1 / (1 - self.drop_prob) if scaled else 1.0
+        return mask, None if len(index) == len(mask) else index, scale
+
+    def _sample_fixed(self, x: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        keep_prob = 1 - self.drop_prob
+        count = max(1, round(len(x) * keep_prob))
+        index = torch.randperm(len(x), device=x.device)[:count]
+        # The expectation is timm's, whatever was rounded.
+        mean = 1.0 if self.scale_by_keep and keep_prob > 0.0 else keep_prob
+        mask = x.new_zeros(len(x)).index_fill_(0, index, 1.0)
+        return mask, None if count == len(x) else index, mean * len(x) / count
 
     def decide(
         self,
@@ -257,7 +282,7 @@ def patch(
     for name, module in modules.items():
         module.__class__ = MaskedDropPath
         assert isinstance(module, MaskedDropPath)
-        module._calls = calls_per_forward.get(name, 1)
+        module._calls, module._call = calls_per_forward.get(name, 1), 0
         module._owner = weakref.ref(owner)
         module._batch, module._kept = {}, {}
         patched[name] = module

@@ -14,8 +14,9 @@ from timm.layers.drop import DropPath
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from timm_rdp.core.drop_path import MaskedDropPath
 from timm_rdp.core.paths import Path, PathGraph
-from timm_rdp.core.versions import allow_graphs
+from timm_rdp.core.versions import allow_graphs, blocks_share_graphs, guards_on_freezing
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Region:
         self.resting: list[nn.Module] = []
         self._compiled = compiled
         self._hooks: OrderedDict[int, Callable] = OrderedDict()
+        self._parameters = [*module.parameters()]
+        self._drop_paths = [m for m in module.modules() if isinstance(m, MaskedDropPath)]
         module._compiled_call_impl = self  # copies and pickles leave it out
 
     def register_forward_pre_hook(self, hook: Callable, prepend: bool = False) -> RemovableHandle:
@@ -47,6 +50,9 @@ class Region:
         for hook in [*self._hooks.values()]:
             hook(self.module, args)
         resting = [m for m in self.resting if m.training]
+        trained = "".join("01"[p.requires_grad] for p in self._parameters)
+        for drop_path in self._drop_paths:
+            vars(drop_path)["_trained"] = trained
         try:
             for module in resting:
                 module.training = False
@@ -66,6 +72,8 @@ def find_regions(model: nn.Module, graph: PathGraph) -> dict[str, tuple[str, ...
     A path's region is the smallest module that is called and holds its DropPath and its entrance. A
     path that has none, because that would be the model or a part with many paths, is left out.
     """
+    if not blocks_share_graphs():
+        return {}
     modules = dict(model.named_modules())
     wanted = {p: _around(modules, graph, p) for p in graph.paths if p.residual}
     regions: dict[str, tuple[str, ...]] = {}
@@ -87,7 +95,7 @@ def compile_regions(model: nn.Module, graph: PathGraph, options: dict[str, Any])
     if not names:
         return model.compile(**options)
     allow_graphs(_GRAPHS)
-    kinds = {type(model.get_submodule(name)) for name in names}
+    kinds = {type(model.get_submodule(n)) for n in names if guards_on_freezing()}
     done: list[str] = []
     for name, module in model.named_modules():  # blocks of their kind without a path too
         if (name in names or type(module) in kinds) and not any(_is_within(name, d) for d in done):
@@ -116,12 +124,13 @@ def compiled_regions(model: nn.Module, graph: PathGraph) -> dict[str, Region] | 
 
     None where one of them is the model itself or holds so many that it cannot be a region.
     """
+    most = _MOST_PATHS if blocks_share_graphs() else 0
     compiled = {n: m for n, m in model.named_modules() if m._compiled_call_impl is not None}
     outermost = [n for n in compiled if sum(_is_within(n, other) for other in compiled) == 1]
     regions = {}
     for name in outermost:
         inside = sum(_is_within(_module_name(p), name) for p in graph.paths)
-        if inside and (not name or inside > _MOST_PATHS):
+        if inside and (not name or inside > most):
             return None
         call = compiled[name]._compiled_call_impl
         if inside and call is not None:

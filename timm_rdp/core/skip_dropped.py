@@ -11,6 +11,8 @@ from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
 from timm_rdp.core.paths import PathGraph
 from timm_rdp.core.trace import trace_paths
 
+SAMPLES = ("drawn", "fixed")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -22,7 +24,9 @@ class SkipDropped:
         computed: for every other path, by name, why it is computed for the whole batch.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any = None):
+    def __init__(self, model: nn.Module, example_input: Any = None, samples: str = "drawn"):
+        if samples not in SAMPLES:
+            raise ValueError(f"samples={samples!r}: must be one of {', '.join(SAMPLES)}")
         drop_paths = find_drop_paths(model)
         graph = trace_paths(model, example_input)
         if not graph.paths:
@@ -39,8 +43,10 @@ class SkipDropped:
                 self.computed[path.name] = reason
                 continue
             assert isinstance(path.module, MaskedDropPath)
-            hook = Hook(partial(path.module.pass_on_kept_samples, path.call))
-            self._hooks += [modules[n].register_forward_pre_hook(hook) for n in path.entrances]
+            for i, name in enumerate(path.entrances):
+                pass_on = path.module.pass_on_kept_samples
+                hook = Hook(partial(pass_on, path.call, i, samples == "fixed"))
+                self._hooks.append(modules[name].register_forward_pre_hook(hook))
         self.skipped = tuple(p.name for p in graph.paths if p.name not in self.computed)
 
     def detach(self) -> nn.Module:
@@ -52,23 +58,30 @@ class SkipDropped:
         return self.model
 
 
-def skip_dropped(model: nn.Module, example_input: Any = None) -> SkipDropped:
+def skip_dropped(
+    model: nn.Module, example_input: Any = None, samples: str = "drawn"
+) -> SkipDropped:
     """Make timm's per-sample DropPath compute, on each path, only the samples that it keeps.
 
-    The masks have the same distribution and use the same random numbers as timm's. Outputs are
-    equal to timm's up to floating-point tolerance; with dropout on the path they are so in
-    distribution, since what is not computed draws no dropout. A path with batch statistics is left
-    to timm, because they would be taken over other samples. Compiled models compute everything, and
-    so does a deepcopy.
+    With "drawn" samples the masks have the same distribution and use the same random numbers as
+    timm's, and outputs are timm's up to floating-point tolerance (with dropout on the path in
+    distribution, since what is not computed draws no dropout); compiled models compute everything.
+    With "fixed" each path keeps max(1, round(B * (1 - drop_prob))) of B samples, drawn without
+    replacement, and is scaled so that its expectation is timm's: every update costs the same, and
+    compiled models skip as well (as DINOv2 trains its ViTs; Oquab et al., arXiv 2304.07193).
+
+    A path with batch statistics is left to timm, because they would be taken over other samples.
+    A deepcopy computes everything.
 
     Args:
         model: any module with timm DropPaths, not wrapped; patched in place until `detach()`.
         example_input: see ResidualDropPath.
+        samples: "drawn" or "fixed".
 
     Raises:
         ValueError: the model has no DropPath, cannot be traced or is already patched.
     """
-    handle = SkipDropped(model, example_input)
+    handle = SkipDropped(model, example_input, samples)
     if handle.computed:
         first, reason = next(iter(handle.computed.items()))
         _logger.warning(

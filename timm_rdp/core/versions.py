@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def best_device() -> str:
     """The type of the accelerator that is here, else "cpu"."""
@@ -43,6 +45,16 @@ def allow_graphs(count: int) -> None:
     # Before torch 2.6 it was named after its cache.
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), count))
+
+
+def blocks_share_graphs() -> bool:
+    """Whether dynamo makes one graph of all blocks that differ in nothing but their parameters."""
+    return _TORCH >= (2, 5)
+
+
+def guards_on_freezing() -> bool:
+    """Whether what is compiled notices by itself that parameters were frozen since."""
+    return _TORCH >= (2, 12)
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:

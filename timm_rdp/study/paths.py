@@ -13,6 +13,7 @@ import torch
 
 from timm_rdp.args import Parser, show_defaults
 from timm_rdp.core.rdp import ResidualDropPath
+from timm_rdp.core.regions import find_regions
 from timm_rdp.errors import UsageError, refused_with, report
 from timm_rdp.study.options import RATE
 from timm_rdp.training.flags import COUNT, KeyValues
@@ -64,6 +65,8 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         share = elements / total
         return {"elements": elements, "tensors": len(names), "share": share, "parameters": names}
 
+    found = find_regions(rdp.model, rdp._graph)
+    regions = {path: region for region, inside in found.items() for path in inside}
     together = rdp.dropped_part(p.name for p in rdp.paths)
     left, largest = set(sizes.keys() - together), []  # modules that are wholly on no path
     for prefix, module in rdp.model.named_modules(remove_duplicate=False):
@@ -79,6 +82,7 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
                 "name": p.name,
                 "drop_prob": p.drop_prob,
                 "run_when_dropped": not p.entrances,
+                "region": regions.get(p.name),
                 **carried(p.parameters),
             }
             for p in rdp.paths
@@ -117,6 +121,7 @@ def as_text(table: dict[str, Any]) -> str:
         f"{table['cycles_without_a_drop']:.1%} of the cycles (these have no complement iteration).",
         f"When dropped, {sum(not p['run_when_dropped'] for p in paths)} of {len(paths)} paths are "
         "not run; the others are computed and cut.",
+        _how_compiled(paths),
         "",
         f"On no path, trained in droppath iterations only: {rest['elements']:,} parameters in "
         f"{rest['tensors']} tensors ({rest['share']:.2%} of the model):",
@@ -131,6 +136,16 @@ def as_text(table: dict[str, Any]) -> str:
             *_wrapped(f"{p['name']} ({p['drop_prob']:.4f})" for p in table["non_residual"]),
         ]
     return "\n".join(lines)
+
+
+def _how_compiled(paths: list[dict[str, Any]]) -> str:
+    inside = [p["region"] for p in paths if p["region"]]
+    if not inside:
+        return "torch.compile compiles the model as a whole: then all paths are computed and cut."
+    return (
+        f"torch.compile compiles {len(inside)} of {len(paths)} paths by regions "
+        f"({inside[0]}, ...): when dropped, these are not run."
+    )
 
 
 def _parser() -> Parser:

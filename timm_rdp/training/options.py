@@ -187,8 +187,9 @@ class _Loader(yaml.SafeLoader):
 
 def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
     """Return a YAML value as the words of its flag on a command line."""
-    kinds = {0: bool, 3: list, "+": list, "*": dict}
-    kind = kinds.get(nargs, (str, int, float))
+    if nargs == "?" and isinstance(value, bool):
+        return [flag(name)] * value
+    kind = {0: bool, 3: list, "+": list, "*": dict}.get(nargs, (str, int, float))
     if not isinstance(value, kind) or isinstance(value, bool) != (nargs == 0):
         what = {bool: "true or false", list: "a list", dict: "a mapping"}.get(kind, "one value")
         raise UsageError(f"{flag(name)} takes {what}, got {value!r}")
@@ -196,8 +197,8 @@ def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
         return [flag(name if value else f"no_{name}")]
     if not isinstance(value, (list, dict)):
         return [f"{flag(name)}={value}"]
-    pairs = value.items() if isinstance(value, dict) else ()
-    words = [f"{key}={item!r}" for key, item in pairs] or [str(item) for item in value]
+    pairs = isinstance(value, dict) and [f"{key}={item!r}" for key, item in value.items()]
+    words = pairs or [str(item) for item in value]
     # A word that begins with a dash, and is no number, would be taken for a flag.
     if any(re.match("-[^0-9.]", word) for word in words):
         raise UsageError(f"{flag(name)} takes nothing that begins with a dash, got {value!r}")

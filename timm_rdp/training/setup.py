@@ -305,10 +305,11 @@ def _compile_and_distribute(
     device: torch.device,
 ) -> None:
     if args.torchcompile:
+        how = {"backend": args.torchcompile, "mode": args.torchcompile_mode}
         with refused_with(f"--torchcompile-mode {args.torchcompile_mode}"):
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+            task.compile(**how) if rdp is None else rdp.compile(**how)
         if task.has_ema():
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+            task.compile_ema(**how)
     if args.distributed:
         devices = None if device.type == "cpu" else [device]
         task.prepare_distributed(device_ids=devices, broadcast_buffers=not args.no_ddp_bb)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from timm_rdp import ResidualDropPath
 from timm_rdp.args import RandomSecond
 from timm_rdp.core.rdp import COMPLEMENT, DROPPATH
+from timm_rdp.core.regions import find_regions
 from timm_rdp.errors import refused_with
 from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.model import build_model, example_input, setup_precision
@@ -97,11 +98,12 @@ def count_costs(
     """
     costs: dict[str, Any] = {"update": None}
     kinds = {COMPLEMENT: ResidualDropPath, **({"random": RandomSecond} if random else {})}
-    example = None
+    example, in_regions = None, {}
     if args.drop_path:
         with refused_with(f"--model {args.model}"):
             example = example_input(args, data_config["input_size"], model)
             rdp = ResidualDropPath(model, example_input=example)
+            in_regions = find_regions(model, rdp._graph)
             rdp.detach()
         # The cycles in which something is dropped that can be trained.
         complements = 1 - math.prod(1 - path.drop_prob for path in rdp.paths if path.parameters)
@@ -128,7 +130,7 @@ def count_costs(
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
     phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if args.drop_path}
-    if args.torchcompile:  # compiled code computes everything and sets aside what is frozen
+    if args.torchcompile and not in_regions:  # it computes everything and discards what is frozen
         phases = dict.fromkeys(phases, update)
     counted = {"update": update, **phases}
     return costs | {name: flops / args.batch_size for name, flops in counted.items()}
