@@ -3,8 +3,10 @@
     python benchmarks/speed.py --output benchmarks/results/speed_cpu
 
 Everything in a row is measured in one process, interleaved: each round has one of timm's updates,
-one cycle of ResidualDroppath and one update with skip_dropped, on the same batch. Beside each
-measured ratio stands the one that floating-point operations predict, counted over the very masks
+one cycle of ResidualDroppath and one update with each kind of skip_dropped, on the same batch. With
+--compile, timm's model and the skipping one are compiled as a whole, and ResidualDroppath's by
+regions; skip_dropped with drawn samples, which does not compile, is left out. Beside each measured
+ratio stands the one that floating-point operations predict, counted over the very masks
 that were measured. Writes speed.csv, speed.md and speed.png.
 """
 
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -37,7 +40,7 @@ ROWS = (
     ("efficientnet_b0", 0.2),
     ("mixer_s16_224", 0.1),
 )
-COLUMNS = ("droppath", "complement", "next", "same", "skip_dropped")
+COLUMNS = ("droppath", "complement", "next", "same", "skip_dropped", "skip_fixed")
 
 
 def main() -> None:
@@ -108,7 +111,7 @@ class Trainee:
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
         self.args = args
         self.model = model.to(args.device)
-        self.run = torch.compile(self.model) if args.compile else self.model
+        self.run = self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
     def update(self, images: torch.Tensor, targets: torch.Tensor) -> None:
@@ -130,22 +133,30 @@ def timed(args: argparse.Namespace, call) -> float:
 
 
 def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
-    plain, method, skipping = (Trainee(args, create(name, rate)) for _ in range(3))
-    rdp = ResidualDropPath(method.run)
-    if not args.compile:
-        skip_dropped(skipping.model)
+    plain, method, drawn, fixed = (Trainee(args, create(name, rate)) for _ in range(4))
+    rdp = ResidualDropPath(method.model)
+    skip_dropped(fixed.model, samples="fixed")
+    skipping = {"skip_dropped": drawn, "skip_fixed": fixed}
+    if args.compile:
+        del skipping["skip_dropped"]
+        rdp.compile()
+        for trainee in (plain, fixed):
+            trainee.run = torch.compile(trainee.model)
+    else:
+        skip_dropped(drawn.model)
     data = batch(args, plain.model)
 
-    plain.update(*data)  # warm up: allocator, kernels, compilation
-    skipping.update(*data)
+    for trainee in (plain, *skipping.values()):  # warm up: allocator, kernels, compilation
+        trainee.update(*data)
     rdp_start = rdp.state_dict()
-    for it in rdp.cycle():
-        with it:
-            method.update(*data)
+    for _ in range(args.rounds if args.compile else 1):
+        for it in rdp.cycle():
+            with it:
+                method.update(*data)
     rdp.load_state_dict(rdp_start)
 
-    times: dict[str, list[float]] = {"timm": [], "skip_dropped": [], "droppath": []}
-    times["complement"] = []
+    kinds = ("timm", "droppath", "complement", "skip_dropped", "skip_fixed")
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
     ratios: dict[str, list[float]] = {kind: [] for kind in times}  # to timm's of the same round
     for _ in tqdm(range(args.rounds), desc=f"{name} {rate}", leave=False, disable=None):
         usual = timed(args, lambda: plain.update(*data))
@@ -153,7 +164,8 @@ def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
         for it in rdp.cycle():
             with it:
                 spent.append((it.phase, timed(args, lambda: method.update(*data))))
-        spent.append(("skip_dropped", timed(args, lambda: skipping.update(*data))))
+        for kind, trainee in skipping.items():
+            spent.append((kind, timed(args, partial(trainee.update, *data))))
         for kind, seconds in spent:
             times[kind].append(seconds)
             ratios[kind].append(seconds / usual)
@@ -168,7 +180,7 @@ def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
         "timm_spread": spread(times["timm"], base),
         "cycles_with_complement": len(times["complement"]) / args.rounds,
     }
-    for kind in ("droppath", "complement", "skip_dropped"):
+    for kind in kinds[1:]:
         result[kind] = statistics.median(ratios[kind]) if ratios[kind] else float("nan")
         result[f"{kind}_spread"] = spread(ratios[kind], 1.0)
     for kind in ("droppath", "complement"):
@@ -186,7 +198,7 @@ def measure(args: argparse.Namespace, name: str, rate: float) -> dict:
     for kind, count in (("next", iterations), ("same", args.rounds)):
         result[kind], result[f"{kind}_predicted"] = total / count, predicted / count
     if args.memory:
-        for kind in ("timm", "droppath", "complement"):
+        for kind in kinds:
             result[f"{kind}_memory_mib"] = in_own_process(args, name, rate, kind)
     return result
 
@@ -242,7 +254,11 @@ def peak_memory(args: argparse.Namespace, kind: str) -> float:
     trainee = Trainee(args, create(args.model, args.rate))
     data = batch(args, trainee.model)
     on_gpu = "cuda" in args.device
-    rdp = ResidualDropPath(trainee.model) if kind != "timm" else None
+    rdp = None
+    if kind.startswith("skip"):
+        skip_dropped(trainee.model, samples="fixed" if kind == "skip_fixed" else "drawn")
+    elif kind != "timm":
+        rdp = ResidualDropPath(trainee.model)
     for parameter in trainee.model.parameters():
         trainee.optimizer.state[parameter] = {
             "step": torch.tensor(1.0),
@@ -307,24 +323,27 @@ def write(
         f"{timm.__version__}, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}, "
         f"{'compiled' if args.compile else 'eager'}, {args.rounds} cycles a row. "
         "Ratios to timm's own update; in brackets what floating-point operations predict. "
-        "droppath, complement, skip_dropped: median of the ratios to timm's update of the same "
+        "droppath, complement, skip_dropped, skip_fixed: median of the ratios to timm's update of the same "
         "round ± half the distance between their quartiles. next (per update) and same (per "
         "batch): mean over the masks, from each kind's median ratio of measured to predicted.",
         "",
-        "| model, rate | timm, s | droppath | complement | next | same | skip_dropped |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model, rate | timm, s | droppath | complement | next | same | skip_dropped | skip_fixed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [line_of(row, f"{row['model']} {row['drop_path']}") for row in results]
     if args.memory:
-        lines += ["", "| peak memory of an update, MiB | timm | droppath | complement |"]
-        lines.append("| --- | --- | --- | --- |")
+        kinds = ("timm", "droppath", "complement", "skip_dropped", "skip_fixed")
+        lines += ["", f"| peak memory of an update, MiB | {' | '.join(kinds)} |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
         for row in results:
-            cells = [f"{row[f'{k}_memory_mib']:.0f}" for k in ("timm", "droppath", "complement")]
+            cells = [f"{row[f'{k}_memory_mib']:.0f}" for k in kinds]
             lines.append(f"| {row['model']} {row['drop_path']} | {' | '.join(cells)} |")
     if sizes:
         lines += ["", f"The same for {sizes[0]['model']} {sizes[0]['drop_path']}:", ""]
-        lines.append("| batch | timm, s | droppath | complement | next | same | skip_dropped |")
-        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        lines.append(
+            "| batch | timm, s | droppath | complement | next | same | skip_dropped | skip_fixed |"
+        )
+        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
         lines += [line_of(row, str(row["batch"])) for row in sizes]
     if overhead:
         lines += ["", "| blocks | paths | parameters | ours per iteration, µs |"]

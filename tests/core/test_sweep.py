@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.core.regions import find_regions
 
 pytestmark = pytest.mark.sweep
 
@@ -95,8 +96,10 @@ def sweep(name):
         assert re.search(r"none of its \d+ DropPaths is around a residual", str(e))
         assert name.startswith(NONE_AROUND_A_RESIDUAL)
         return ["accept a rate", "have no DropPath around a residual"]
+    inside = sum(map(len, find_regions(model, rdp._graph).values()))
     check_paths(name, model, rdp)
     found = ["accept a rate", "yield paths"]
+    found += ["paths"] * len(rdp.paths) + ["paths in regions of torch.compile"] * inside
     if any("#" in p.name for p in rdp.paths):
         found.append("call a DropPath more than once")
     if any(not p.parameters for p in rdp.paths):
@@ -154,5 +157,6 @@ def check_together(parts):
     errors = sum(counts[what] for what in ERRORS)
     assert counts["yield paths"] + errors == counts["accept a rate"]
     assert counts["yield paths"] > 0.97 * counts["accept a rate"]
+    assert counts["paths in regions of torch.compile"] > 0.9 * counts["paths"]
     if timm.__version__ == "1.0.31":
         assert {what: counts[what] for what in COUNTS} == COUNTS

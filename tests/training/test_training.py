@@ -395,6 +395,21 @@ def test_each_feature_of_timms_script_also_trains_with_rdp(
     assert ("--save-images" in more) == bool(list(folder.glob("train-batch-*.jpg")))
 
 
+# torch's own, without RDP too: it looks at .grad of what enters a compiled part of a model.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_run_compiled_by_regions_is_that_of_eager_mode(digits_folder, tmp_path, fresh_compiler):
+    flags = (*VIT, *RDP, "--drop-path", 0.5, "--epochs", 2, "--model-ema", "--grad-accum-steps", 2)
+    eager = rows(run(digits_folder, tmp_path, *flags, "--experiment", "eager"))
+    flags = (*flags, "--torchcompile", "aot_eager")
+    compiled = rows(run(digits_folder, tmp_path, *flags, "--experiment", "compiled"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    for ours, theirs in zip(compiled, eager, strict=True):
+        for column, value in theirs.items():
+            assert (ours[column] == "") == (value == "")
+            if value:
+                assert float(ours[column]) == pytest.approx(float(value), rel=1e-3), column
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
