@@ -323,12 +323,11 @@ def write(
         f"{timm.__version__}, batch {args.batch_size}, {'bfloat16' if args.bf16 else 'float32'}, "
         f"{'compiled' if args.compile else 'eager'}, {args.rounds} cycles a row. "
         "Ratios to timm's own update; in brackets what floating-point operations predict. "
-        "droppath, complement, skip_dropped, skip_fixed: median of the ratios to timm's update of the same "
-        "round ± half the distance between their quartiles. next (per update) and same (per "
+        "droppath, complement, skip_dropped, skip_fixed: median of the ratios to timm's update of "
+        "the same round ± half the distance between their quartiles. next (per update), same (per "
         "batch): mean over the masks, from each kind's median ratio of measured to predicted.",
         "",
-        "| model, rate | timm, s | droppath | complement | next | same | skip_dropped | skip_fixed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *heading("model, rate"),
     ]
     lines += [line_of(row, f"{row['model']} {row['drop_path']}") for row in results]
     if args.memory:
@@ -340,10 +339,7 @@ def write(
             lines.append(f"| {row['model']} {row['drop_path']} | {' | '.join(cells)} |")
     if sizes:
         lines += ["", f"The same for {sizes[0]['model']} {sizes[0]['drop_path']}:", ""]
-        lines.append(
-            "| batch | timm, s | droppath | complement | next | same | skip_dropped | skip_fixed |"
-        )
-        lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        lines += heading("batch")
         lines += [line_of(row, str(row["batch"])) for row in sizes]
     if overhead:
         lines += ["", "| blocks | paths | parameters | ours per iteration, µs |"]
@@ -353,6 +349,11 @@ def write(
             lines.append(f"| {' | '.join(map(str, cells))} |")
     (args.output / "speed.md").write_text("\n".join(lines) + "\n")
     draw(args, results)
+
+
+def heading(first: str) -> list[str]:
+    names = (first, "timm, s", *COLUMNS)
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
 
 
 def line_of(row: dict, title: str) -> str:

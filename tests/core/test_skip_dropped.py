@@ -299,6 +299,7 @@ def test_other_samples_than_drawn_or_fixed_are_refused():
         skip_dropped(small_model("test_vit"), samples="all")
 
 
+@pytest.mark.slow
 def test_the_training_script_takes_a_fixed_number_compiled_too(digits_folder, tmp_path):
     config = tmp_path / "old.yaml"
     config.write_text("skip_dropped: true\n")

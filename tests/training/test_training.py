@@ -395,6 +395,7 @@ def test_each_feature_of_timms_script_also_trains_with_rdp(
     assert ("--save-images" in more) == bool(list(folder.glob("train-batch-*.jpg")))
 
 
+@pytest.mark.slow
 # torch's own, without RDP too: it looks at .grad of what enters a compiled part of a model.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_run_compiled_by_regions_is_that_of_eager_mode(digits_folder, tmp_path, fresh_compiler):

@@ -10,7 +10,7 @@ import torch
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
 from timm_rdp import ResidualDropPath
@@ -49,8 +49,14 @@ def flop_counter() -> FlopCounterMode:
     Matrix products, attention and convolutions count, 2 for a multiplication and its addition;
     elementwise operations, normalisation and pooling count as nothing.
     """
-    backward = {torch.ops.aten.convolution_backward: convolution_backward_flops}
-    return FlopCounterMode(display=False, custom_mapping=backward)
+    aten = torch.ops.aten
+    counts = {
+        aten.convolution_backward: convolution_backward_flops,
+        # which not every version of torch counts
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
+    return FlopCounterMode(display=False, custom_mapping=counts)
 
 
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
