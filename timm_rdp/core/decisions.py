@@ -42,8 +42,9 @@ class Decisions:
         """
         told: dict[Any, list[Decision]]
         told = {m: [None] * m._calls for m in self._modules}
+        complement = it.phase == COMPLEMENT
         for path in self._paths:
-            told[path.module][path.call] = _decision(it, path)
+            told[path.module][path.call] = 1.0 if complement else _decision(it.dropped, path)
         weights: Mapping[Any, Any] = {}
         if whole:
             weights = self._as_tensors(told, device)
@@ -79,10 +80,8 @@ class Decisions:
         return constants
 
 
-def _decision(it: Iteration, path: Path) -> float:
-    """What the path's DropPath does in this iteration (see drop_path.Decision)."""
-    if it.phase == COMPLEMENT:
-        return 1.0
-    if path.name in it.dropped:
+def _decision(dropped: frozenset[str], path: Path) -> float:
+    """What the path's DropPath does in a droppath iteration (see drop_path.Decision)."""
+    if path.name in dropped:
         return 0.0
     return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

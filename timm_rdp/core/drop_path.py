@@ -96,7 +96,7 @@ class MaskedDropPath(DropPath):
     def _forward_compiled(self, x: Tensor) -> Tensor:
         # What it was told is noted by decide().
         call = 0
-        if self._trained == "?":  # looked at, since torch before 2.12 has no graphs for each flag
+        if self._trained == "?":  # read, since torch before 2.12 makes no graph anew for a flag
             return x
         if self._calls > 1:
             call = self._call

@@ -156,7 +156,7 @@ class ModelPatch:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
         self._in_train_mode = set()
         device = next(iter(self.parameters.values())).device
-        in_regions = [m for name, m in self.drop_paths.items() if name in self._regions]
+        in_regions = [m for n, m in self.drop_paths.items() if self._regions and n in self._regions]
         self._decisions.tell(it, device, self.compiled, in_regions)
         self._keep_buffers(dropped)
         if not self.compiled:
