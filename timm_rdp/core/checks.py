@@ -5,11 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_rdp.core.drop_path import MaskedDropPath
 from timm_rdp.core.paths import PathGraph
 
 
@@ -55,42 +53,11 @@ def wrappers_around(model: nn.Module, outermost: Any) -> Iterator[Any]:
         inside = next(around)
 
 
-def find_drop_paths(model: nn.Module) -> dict[str, DropPath]:
-    """The model's DropPaths by name.
-
-    Raises:
-        ValueError: one of them cannot be patched, or is patched already.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "the model is a torch.jit.ScriptModule, which cannot be patched: pass the original"
-        )
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
-    for name, module in modules.items():
-        owner = module._owner if isinstance(module, MaskedDropPath) else None
-        if owner is not None and owner() is not None:
-            raise ValueError(
-                "the model is patched by another ResidualDropPath or by skip_dropped: detach() "
-                "that first"
-            )
-        if "forward" in vars(module):
-            raise ValueError(
-                f"{name} has a forward of its own put in place of its class's, which the patch "
-                "could not reach: take that back, and wrap the module around it instead"
-            )
-        if type(module) not in (DropPath, MaskedDropPath):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not timm's own DropPath, and cannot be "
-                "patched: use timm.layers.DropPath there"
-            )
-    return modules
-
-
-def why_none_is_called(model: nn.Module) -> str:
+def why_none_is_called(graph: PathGraph) -> str:
     """What to do with a model whose forward calls no DropPath, as the end of an error."""
     why = "no DropPath is called in its forward"
-    if there := sum(isinstance(m, DropPath) for m in model.modules()):
-        return f"{why}, though it has {there}: use another model"
+    if graph.drop_paths:
+        return f"{why}, though it has {len(graph.drop_paths)}: use another model"
     return f"{why}: create it with drop_path_rate=0.1, or use a model that has stochastic depth"
 
 
@@ -102,14 +69,17 @@ def check_droppable(model: nn.Module, graph: PathGraph) -> None:
     """
     paths = [p for p in graph.paths if p.residual]
     if not graph.paths:
-        why = why_none_is_called(model)
+        why = why_none_is_called(graph)
     elif not paths:
         why = (
             f"none of its {len(graph.paths)} DropPaths is around a residual (dropping "
             f"{graph.paths[0].name} for a whole batch would silence the network): use another one"
         )
     elif not any(path.drop_prob > 0 for path in paths):
-        why = f"all of its {len(paths)} paths have drop_prob 0: create it with drop_path_rate=0.1"
+        why = (
+            f"all of its {len(paths)} paths have drop_prob 0: create it with drop_path_rate=0.1 "
+            "(in torchvision stochastic_depth_prob=0.1)"
+        )
     elif not graph.dropped_part(p.name for p in paths):
         why = (
             f"none of its {len(paths)} paths carries a parameter (without {paths[0].name} all "

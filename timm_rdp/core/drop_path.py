@@ -5,9 +5,8 @@ one sample instead of the batch: everything behind them costs next to nothing, a
 returns full-size zeros. A path whose samples are dropped one by one is handed those that it keeps.
 """
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from timm.layers.drop import DropPath
@@ -38,9 +37,26 @@ class Hook:
         return (Hook, ())
 
 
+class Kind(NamedTuple):
+    """A class of DropPaths, timm's or another, and how its attributes are read.
+
+    Attributes:
+        type: the class.
+        rate: name of the attribute that is the drop probability.
+        scales: what is kept is divided; where there is one, the attribute `scale_by_keep` says it.
+        per_sample: the samples of a batch are dropped one by one, not all or none.
+    """
+
+    type: type[nn.Module]
+    rate: str = "drop_prob"
+    scales: bool = True
+    per_sample: bool = True
+
+
 class MaskedDropPath(DropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
+    _kind: ClassVar[Kind] = Kind(DropPath)
     _decisions: tuple[Decision, ...] | None = None
     _weights: tuple[Weight, ...] | None = None  # the decisions, as compiled code reads them
     _trained: str = ""  # which parameters of the region that it is compiled with require a gradient
@@ -64,7 +80,9 @@ class MaskedDropPath(DropPath):
         """
         # Kept as cheap as it came and made a bool tensor only when somebody looks.
         return tuple(
-            e.flatten() != 0 if isinstance(e, Tensor) else torch.full(e[0], e[1], device=e[2])
+            e.reshape(e.shape[:1]) != 0
+            if isinstance(e, Tensor)
+            else torch.full(e[0], e[1], device=e[2])
             for e in self._record
         )
 
@@ -88,7 +106,7 @@ class MaskedDropPath(DropPath):
         else:
             if self._decisions is None and torch.is_grad_enabled():
                 self._check_outside(first_forward)
-            x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
+            x, entry = self._sample(x)
         if first_forward:
             self._record = [entry] if call == 0 else [*self._record, entry]
         return x
@@ -113,9 +131,19 @@ class MaskedDropPath(DropPath):
             entry, index, scale, _ = self._kept.pop(call)
             x = _scatter_kept(x, entry, index, scale)
         else:
-            x, entry = _per_sample(x, self.drop_prob, self.scale_by_keep)
+            x, entry = self._sample(x)
         self._record = [entry] if call == 0 else [*self._record, entry]
         return x
+
+    def _sample(self, x: Tensor) -> tuple[Tensor, Any]:
+        """timm's stochastic depth with the same use of the random state, and what it sampled."""
+        if self.drop_prob == 0.0:
+            return x, (x.shape[:1], True, x.device)
+        keep_prob = 1 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+        if keep_prob > 0.0 and self.scale_by_keep:
+            mask.div_(keep_prob)
+        return x * mask, mask
 
     def _next_call(self) -> tuple[int, bool]:
         """Index of this call within its forward, and whether that is a first forward.
@@ -198,7 +226,7 @@ class MaskedDropPath(DropPath):
         return mask, None if len(index) == len(mask) else index, scale
 
     def _sample_fixed(self, x: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        keep_prob = 1 - self.drop_prob
+        keep_prob = 1 - float(self.drop_prob)
         count = max(1, round(len(x) * keep_prob))
         index = torch.randperm(len(x), device=x.device)[:count]
         # The expectation is timm's, whatever was rounded.
@@ -228,11 +256,11 @@ class MaskedDropPath(DropPath):
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
-        state = {k: v for k, v in vars(self).items() if k not in _ADDED}
+        state = {k: v for k, v in vars(self).items() if k not in ADDED}
         return {**state, "_calls": self._calls, "_batch": {}, "_kept": {}}
 
 
-_ADDED = set(MaskedDropPath.__annotations__)
+ADDED = set(MaskedDropPath.__annotations__)
 
 
 @torch.compiler.disable()
@@ -241,17 +269,6 @@ def _refuse_unknown_compile() -> None:
         "the model was compiled after it was patched: pass the compiled model to ResidualDropPath, "
         "or to the follow() of the one that it has"
     )
-
-
-def _per_sample(x: Tensor, drop_prob: float, scale_by_keep: bool) -> tuple[Tensor, Any]:
-    """timm's stochastic depth with the same use of the random state, and what it sampled."""
-    if drop_prob == 0.0:
-        return x, (x.shape[:1], True, x.device)
-    keep_prob = 1 - drop_prob
-    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
-    if keep_prob > 0.0 and scale_by_keep:
-        mask.div_(keep_prob)
-    return x * mask, mask
 
 
 def _scatter_kept(y: Tensor, mask: Tensor, index: Tensor | None, scale: float) -> Tensor:
@@ -272,29 +289,6 @@ def _zeros(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> T
     layout = layout if len(shape) == 4 else torch.contiguous_format
     zeros = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     return zeros.zero_()
-
-
-def patch(
-    modules: Mapping[str, DropPath], calls_per_forward: Mapping[str, int], owner: object
-) -> dict[str, MaskedDropPath]:
-    """Turn DropPaths, in place, into MaskedDropPaths of this controller."""
-    patched = {}
-    for name, module in modules.items():
-        module.__class__ = MaskedDropPath
-        assert isinstance(module, MaskedDropPath)
-        module._calls, module._call = calls_per_forward.get(name, 1), 0
-        module._owner = weakref.ref(owner)
-        module._batch, module._kept = {}, {}
-        patched[name] = module
-    return patched
-
-
-def unpatch(modules: Mapping[str, MaskedDropPath]) -> None:
-    """Give patched modules their class back and remove everything that patching added."""
-    for module in modules.values():
-        setattr(module, "__class__", DropPath)  # noqa: B010
-        for name in _ADDED:
-            vars(module).pop(name, None)
 
 
 def _memory_format_of(x: Tensor) -> torch.memory_format:

@@ -6,14 +6,14 @@ from itertools import chain
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core import regions
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.decisions import Decisions
-from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
+from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.foreign import patch, unpatch
 from timm_rdp.core.iteration import COMPLEMENT, Iteration
 from timm_rdp.core.paths import Path, PathGraph
 from timm_rdp.core.regions import Region
@@ -28,21 +28,18 @@ class ModelPatch:
 
     Args:
         model: the model, not wrapped.
-        drop_paths: its DropPaths by name.
         graph: what tracing it gave.
         owner: the controller; the patched modules keep a weak reference to it.
     """
 
-    def __init__(
-        self, model: nn.Module, drop_paths: dict[str, DropPath], graph: PathGraph, owner: object
-    ):
+    def __init__(self, model: nn.Module, graph: PathGraph, owner: object):
         self.parameters = dict(model.named_parameters())
         self.compiled = False  # as a whole
         self._model = model
         self._graph = graph
         self._paths = {p.name: p for p in graph.paths}
         self._modules = dict(model.named_modules())
-        self.drop_paths = patch(drop_paths, graph.calls_per_forward, owner)
+        self.drop_paths = patch(model, graph.drop_paths, graph.calls_per_forward, owner)
         self._reducer: GradientReducer | None = None
         self._decisions = Decisions(self.drop_paths.values(), graph.paths)
         self._regions: dict[str, Region] = {}  # by the names of all modules within them

@@ -2,12 +2,13 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from timm.layers.drop import DropPath
 from torch import nn
+
+from timm_rdp.core.drop_path import Kind
 
 T = TypeVar("T")
 
@@ -23,21 +24,23 @@ class Path:
         call: which call of the module within one forward, from 0.
         residual: whether the output stays connected to each input that it depends on without this
             path.
+        kind: the module's class, and how its attributes are read.
         entrances: names of the modules that are handed one sample where the path is dropped; empty
             where a dropped path has to be computed and cut.
     """
 
     name: str
     parameters: tuple[str, ...]
-    module: DropPath = field(repr=False)
+    module: nn.Module = field(repr=False)
     call: int = field(repr=False)
     residual: bool = field(repr=False)
+    kind: Kind = field(repr=False)
     entrances: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def drop_prob(self) -> float:
         """Probability with which the path is dropped, as its module has it now."""
-        return float(self.module.drop_prob)
+        return float(getattr(self.module, self.kind.rate))
 
 
 @dataclass(eq=False)
@@ -59,6 +62,7 @@ class PathGraph:
 
     Args:
         model: the model that the modules and names of the paths belong to.
+        drop_paths: the DropPaths by name, called or not.
         called: name of the DropPath per path, in call order.
         parameters: names of the model's parameters.
         owners: the modules that own parameters or buffers.
@@ -68,11 +72,13 @@ class PathGraph:
     def __init__(
         self,
         model: nn.Module,
+        drop_paths: Mapping[str, Kind],
         called: list[str],
         parameters: list[str],
         owners: list[Owner],
         reached: list[int],
     ):
+        self.drop_paths = drop_paths
         self._reached = reached
         self._count = len(called)
         self._path_bits = (1 << self._count) - 1
@@ -84,7 +90,6 @@ class PathGraph:
         self.depends_on_input = bool(inputs)
         self.calls_per_forward = Counter(called)
 
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
         paths = []
         for i, name in enumerate(called):
             call = called[:i].count(name)
@@ -92,7 +97,8 @@ class PathGraph:
                 Path(
                     name=f"{name}#{call}" if self.calls_per_forward[name] > 1 else name,
                     parameters=tuple(_select(parameters, self._cut(1 << i))),
-                    module=modules[name],
+                    module=model.get_submodule(name),
+                    kind=drop_paths[name],
                     call=call,
                     residual=self._live(1 << i) >> inputs_from == inputs,
                 )

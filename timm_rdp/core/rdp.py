@@ -1,4 +1,4 @@
-"""ResidualDroppath: droppath and complement iterations over any model with timm DropPaths."""
+"""ResidualDroppath: droppath and complement iterations over any model with DropPaths."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class ResidualDropPath:
                     optimizer.zero_grad()
 
     Args:
-        model: any module with timm DropPaths, also in DistributedDataParallel or torch.compile;
+        model: any module with DropPaths, also in DistributedDataParallel or torch.compile;
             patched in place until `detach()`; see `follow()` where its parameters change later.
         seed: the masks are a pure function of seed and cycle.
         every: a complement iteration follows only every N-th droppath iteration.
@@ -71,12 +71,11 @@ class ResidualDropPath:
             self.follow(model)
 
     def _patch_model(self) -> None:
-        drop_paths = checks.find_drop_paths(self.model)
         self._graph = trace_paths(self.model, self._example_input)
         checks.check_droppable(self.model, self._graph)
         self.paths: tuple[Path, ...] = tuple(p for p in self._graph.paths if p.residual)
         self.non_residual: tuple[Path, ...] = tuple(p for p in self._graph.paths if not p.residual)
-        self._patch = ModelPatch(self.model, drop_paths, self._graph, self)
+        self._patch = ModelPatch(self.model, self._graph, self)
 
     def __repr__(self) -> str:
         at = "detached" if self._detached else f"cycle {self.current_cycle}, {self.phase} iteration"

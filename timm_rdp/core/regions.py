@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.layers.drop import DropPath
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -144,7 +143,8 @@ def _around(modules: dict[str, nn.Module], graph: PathGraph, path: Path) -> str:
     owners = [n.rpartition(".")[0] for n in path.parameters]
     inside = graph.entrances(path.name) or owners
     while name and (
-        isinstance(modules[name], DropPath | nn.ModuleList | nn.ModuleDict)
+        modules[name] is path.module
+        or isinstance(modules[name], nn.ModuleList | nn.ModuleDict)
         or not all(_is_within(n, name) for n in inside)
     ):
         name = name.rpartition(".")[0]

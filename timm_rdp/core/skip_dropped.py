@@ -1,4 +1,4 @@
-"""timm's own per-sample stochastic depth, without computing what it drops."""
+"""Per-sample stochastic depth, without computing what it drops."""
 
 import logging
 from functools import partial
@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from timm_rdp.core.checks import find_drop_paths, why_none_is_called
-from timm_rdp.core.drop_path import Hook, MaskedDropPath, patch, unpatch
-from timm_rdp.core.paths import PathGraph
+from timm_rdp.core.checks import why_none_is_called
+from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.foreign import patch, unpatch
+from timm_rdp.core.paths import Path, PathGraph
 from timm_rdp.core.trace import trace_paths
 
 SAMPLES = ("drawn", "fixed")
@@ -27,19 +28,18 @@ class SkipDropped:
     def __init__(self, model: nn.Module, example_input: Any = None, samples: str = "drawn"):
         if samples not in SAMPLES:
             raise ValueError(f"samples={samples!r}: must be one of {', '.join(SAMPLES)}")
-        drop_paths = find_drop_paths(model)
         graph = trace_paths(model, example_input)
         if not graph.paths:
             raise ValueError(
-                f"{type(model).__name__} has no path to skip: {why_none_is_called(model)}"
+                f"{type(model).__name__} has no path to skip: {why_none_is_called(graph)}"
             )
         self.model = model
         self.computed: dict[str, str] = {}
         self._hooks: list[Any] = []
-        self._drop_paths = patch(drop_paths, graph.calls_per_forward, self)
+        self._drop_paths = patch(model, graph.drop_paths, graph.calls_per_forward, self)
         modules = dict(model.named_modules())
         for path in graph.paths:
-            if reason := _why_not(graph, path.name, path.entrances, modules):
+            if reason := _why_not(graph, path, modules):
                 self.computed[path.name] = reason
                 continue
             assert isinstance(path.module, MaskedDropPath)
@@ -63,18 +63,18 @@ def skip_dropped(
 ) -> SkipDropped:
     """Make timm's per-sample DropPath compute, on each path, only the samples that it keeps.
 
-    With "drawn" samples the masks have the same distribution and use the same random numbers as
-    timm's, and outputs are timm's up to floating-point tolerance (with dropout on the path in
-    distribution, since what is not computed draws no dropout); compiled models compute everything.
+    With "drawn" samples the masks have the same distribution and, with timm's own class, use the
+    same random numbers; outputs are timm's up to floating-point tolerance (with dropout on the path
+    in distribution, since what is not computed draws no dropout); compiled models compute all.
     With "fixed" each path keeps max(1, round(B * (1 - drop_prob))) of B samples, drawn without
     replacement, and is scaled so that its expectation is timm's: every update costs the same, and
     compiled models skip as well (as DINOv2 trains its ViTs; Oquab et al., arXiv 2304.07193).
 
-    A path with batch statistics is left to timm, because they would be taken over other samples.
-    A deepcopy computes everything.
+    A path with batch statistics is left as it is, because they would be taken over other samples;
+    so is one that drops whole batches. A deepcopy computes everything.
 
     Args:
-        model: any module with timm DropPaths, not wrapped; patched in place until `detach()`.
+        model: any module with DropPaths, not wrapped; patched in place until `detach()`.
         example_input: see ResidualDropPath.
         samples: "drawn" or "fixed".
 
@@ -86,17 +86,17 @@ def skip_dropped(
         first, reason = next(iter(handle.computed.items()))
         _logger.warning(
             f"{len(handle.computed)} of {len(handle.computed) + len(handle.skipped)} paths are "
-            f"computed for the whole batch, as timm does: {first} because {reason}"
+            f"computed for the whole batch, as before: {first} because {reason}"
         )
     return handle
 
 
-def _why_not(
-    graph: PathGraph, name: str, entrances: tuple[str, ...], modules: dict[str, nn.Module]
-) -> str | None:
-    for buffered in graph.dropped_buffers([name]):
+def _why_not(graph: PathGraph, path: Path, modules: dict[str, nn.Module]) -> str | None:
+    if not path.kind.per_sample:
+        return f"its {path.kind.type.__name__} keeps or drops the batch as a whole"
+    for buffered in graph.dropped_buffers([path.name]):
         if any(b.startswith("running_") for b, _ in modules[buffered].named_buffers(recurse=False)):
             return f"{buffered} takes statistics over the batch"
-    if not entrances:
+    if not path.entrances:
         return "the model does not take a smaller batch there"
     return None

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from timm_rdp.core.drop_path import Kind, MaskedDropPath
+from timm_rdp.core.foreign import find_drop_paths, patch
 from timm_rdp.core.paths import Owner, PathGraph
 from timm_rdp.core.stand_ins import device_of, on_stand_ins
 from timm_rdp.core.trials import find_skippable
@@ -26,14 +27,15 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
     was, and so is every random state.
 
     Args:
-        model: any model with timm DropPath modules.
+        model: any model with DropPath modules.
         example_input: a tensor (B, C, H, W), or the tuple / dict that the model's forward takes; by
             default of the size that the model says it takes.
 
     Raises:
         ValueError: the model cannot be run on the example input, or recomputes in a way that hides
-            its graph.
+            its graph; or what `find_drop_paths` refuses.
     """
+    drop_paths = find_drop_paths(model)
     inputs = [example_input] if example_input is not None else list(_example_inputs(model))
     on_meta = any(p.is_meta for p in model.parameters())  # and so without values to copy
     failures: list[str] = []
@@ -41,7 +43,7 @@ def trace_paths(model: nn.Module, example_input: Any = None) -> PathGraph:
         failures.clear()
         for candidate in inputs:
             try:
-                return _trace(model, candidate, fake)
+                return _trace(model, drop_paths, candidate, fake)
             except _HiddenGraphError:
                 raise
             except Exception as e:  # whatever a model may raise on an input that it cannot take
@@ -57,7 +59,9 @@ class _HiddenGraphError(ValueError):
     pass
 
 
-def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
+def _trace(
+    model: nn.Module, drop_paths: dict[str, Kind], example_input: Any, fake: bool
+) -> PathGraph:
     parameters = dict(model.named_parameters())
     device = device_of(model)
     dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
@@ -75,11 +79,14 @@ def _trace(model: nn.Module, example_input: Any, fake: bool) -> PathGraph:
         torch.enable_grad(),
     ):
         _prepare(model)
+        # They hand on what they get: some would cut the graph at random.
+        for module in patch(model, drop_paths, {}, owner=model).values():
+            module.decide([1.0])
         calls, nodes, hooks = _watch(model)
         output = run()
         for hook in hooks:
             hook.remove()
-        graph = _condense(model, parameters, output, calls, nodes, leaves)
+        graph = _condense(model, drop_paths, parameters, output, calls, nodes, leaves)
         del output  # the largest part of what a real forward holds
         if not graph.depends_on_input:
             raise _HiddenGraphError(
@@ -147,7 +154,7 @@ def _watch(model: nn.Module) -> tuple[list[tuple], dict[Owner, tuple[list, list]
         def after(_: nn.Module, __: tuple, output: Any, owner: Owner = owner) -> None:
             nodes[owner][1].extend(t.grad_fn for t in _tensors(output))
 
-        if isinstance(module, DropPath):
+        if isinstance(module, MaskedDropPath):
             hooks.append(module.register_forward_hook(note, prepend=True))
         elif owner.buffered or [*module.parameters(recurse=False)]:
             nodes[owner] = [], []
@@ -158,6 +165,7 @@ def _watch(model: nn.Module) -> tuple[list[tuple], dict[Owner, tuple[list, list]
 
 def _condense(
     model: nn.Module,
+    drop_paths: dict[str, Kind],
     parameters: dict[str, nn.Parameter],
     output: Any,
     calls: list[tuple],
@@ -178,7 +186,8 @@ def _condense(
     for owner, (inputs, _) in nodes.items():
         for node in inputs:
             owner.behind_input |= behind.get(node, bits.get(node, 0))
-    return PathGraph(model, [name for name, _, _ in calls], list(parameters), [*nodes], reached)
+    called = [name for name, _, _ in calls]
+    return PathGraph(model, drop_paths, called, list(parameters), [*nodes], reached)
 
 
 def _reach(
@@ -222,7 +231,8 @@ def _example_inputs(model: nn.Module) -> Iterator[Tensor]:
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     shapes = []
     for module in model.modules():  # the model itself comes first
-        size = getattr(module, "img_size", None)
+        config = getattr(module, "config", None)  # Hugging Face's
+        size = getattr(module, "img_size", getattr(config, "image_size", None))
         if isinstance(getattr(module, "pretrained_cfg", None), Mapping):
             channels, *size = input_size(module)
             shapes += [(channels, *size), (first, *size)]

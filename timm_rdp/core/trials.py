@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from timm.layers.drop import DropPath
 from torch import nn
 
-from timm_rdp.core.drop_path import MaskedDropPath, patch
+from timm_rdp.core.drop_path import MaskedDropPath
+from timm_rdp.core.foreign import patch
 from timm_rdp.core.paths import PathGraph
 
 # Trial forwards for one model, at the most: a model whose paths fail one by one is left alone.
@@ -40,8 +40,7 @@ def find_skippable(
         run: runs it on an example of at least two samples.
         shapes: per path what its DropPath is handed.
     """
-    drop_paths = {n: m for n, m in model.named_modules() if isinstance(m, DropPath)}
-    patched = [*patch(drop_paths, graph.calls_per_forward, graph).values()]
+    patched = [*patch(model, graph.drop_paths, graph.calls_per_forward, graph).values()]
     groups = [_candidates(graph, model, shapes)]
     skippable: dict[str, tuple[str, ...]] = {}
     failed_kinds = set()
@@ -69,7 +68,7 @@ def _candidates(
     kinds = {}
     for module in model.modules():
         for attribute, child in module.named_children():
-            if isinstance(child, DropPath):
+            if isinstance(child, MaskedDropPath):
                 kinds[child] = (attribute, *((n, type(m)) for n, m in module.named_modules()))
     return [
         _Candidate(

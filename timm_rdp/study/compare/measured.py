@@ -96,7 +96,7 @@ def inference_flops(args: argparse.Namespace) -> dict[str, list[float]] | None:
 
     def flops(removed: list[int]) -> float:
         for i, path in enumerate(rdp.paths):
-            path.module.drop_prob = float(i in removed)
+            setattr(path.module, path.kind.rate, float(i in removed))
         counts = []
         # What is dropped is still run for one image: the difference of two batches is without.
         for batch in (_BATCH, 2 * _BATCH):
