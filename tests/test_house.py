@@ -13,7 +13,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "timm_rdp"
 
 # From bottom to top. A room imports what is below it, never what is above it or beside it.
-FLOORS = (("errors",), ("core",), ("args",), ("",), ("launch", "training"), ("study",), ("cli",))
+FLOORS = (
+    ("errors",),
+    ("core",),
+    ("args", "callbacks"),
+    ("", "fastai", "lightning", "transformers"),
+    ("launch", "training"),
+    ("study",),
+    ("cli",),
+)
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 OF_CORE = {*sys.stdlib_module_names, "torch", "timm", f"{PACKAGE}.core"}
 

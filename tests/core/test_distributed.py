@@ -517,6 +517,21 @@ def paths_with_synchronised_batch_norm(rank, size):
     return [(p.name, p.parameters) for p in ResidualDropPath(create("test_resnet")).paths]
 
 
+def test_trained_parameters_in_the_wrapper_but_outside_of_the_model_are_refused(ranks):
+    for message in ranks.run(controller_of_a_part):
+        assert message.startswith("DistributedDataParallel also trains 1.weight, outside of the")
+
+
+def controller_of_a_part(rank, size):
+    whole = torch.nn.Sequential(create("test_vit"), torch.nn.Linear(10, 2))
+    rdp = ResidualDropPath(whole[0])
+    with pytest.raises(ValueError) as error:
+        rdp.follow(DistributedDataParallel(whole))
+    whole[1].requires_grad_(False)
+    rdp.follow(DistributedDataParallel(whole))
+    return str(error.value)
+
+
 def test_a_static_graph_is_refused(ranks):
     for message in ranks.run(controller_with_static_graph):
         assert "static_graph" in message

@@ -122,6 +122,7 @@ def train(
         {"kind": "tuple"},
         {"kind": "attribute"},
         {"modes": True, "accumulate": 2},
+        {"modes": True, "closure": True},
     ],
     ids=str,
 )

@@ -83,7 +83,7 @@ class AttachedLoop:
     def set_aside(self) -> None:
         """Give the model back to the user until the next forward in train mode."""
         it = self._controller._active
-        if it is not None and not it._entered_by_user:
+        if it is not None and not it._entered_by_user and not self._repeating:
             self._controller._leave(completed=False, aside=True)
             self.aside = it
 

@@ -42,6 +42,16 @@ def check_wrapper(wrapper: nn.Module, model: nn.Module) -> None:
             f"this {type(wrapper).__name__} does not wrap the model that was patched: pass what "
             "torch.compile or DistributedDataParallel made of it, or the model itself"
         )
+    own = {id(p) for p in model.parameters()}
+    for ddp in (m for m in wrapper.modules() if isinstance(m, DistributedDataParallel)):
+        others = [
+            n for n, p in ddp.module.named_parameters() if p.requires_grad and id(p) not in own
+        ]
+        if others and any(module is model for module in ddp.modules()):
+            raise ValueError(
+                f"DistributedDataParallel also trains {others[0]}, outside of the patched "
+                f"{type(model).__name__}, and would not average it: patch the module that it wraps"
+            )
 
 
 def wrappers_around(model: nn.Module, outermost: Any) -> Iterator[Any]:

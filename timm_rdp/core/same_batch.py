@@ -43,6 +43,7 @@ class SameBatch:
     """
 
     def __init__(self, clip: Callable[[], Any] | None = None):
+        self.again: Callable[[], Any] | None = None  # a trainer's forward and backward, once more
         self._clip = clip
         self._calls: list[_Call] = []
         self._module: Any = None
@@ -51,7 +52,7 @@ class SameBatch:
         """Note the calls of the module that returns the loss, while `is_noted()`."""
 
         def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if is_noted():
+            if self.again is None and is_noted():
                 self._note(args, kwargs, output)
 
         self._module = module
@@ -78,7 +79,9 @@ class SameBatch:
         """Forward, backward and step on the noted calls, or on the closure's."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with _without_gradients(parameters), torch.enable_grad():
-            if closure is not None:
+            if self.again is not None:
+                self.again()
+            elif closure is not None:
                 closure()
             else:
                 self._repeat()
