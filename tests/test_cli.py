@@ -1,7 +1,10 @@
 """The command: subcommands, exit status, and one line where something is wrong."""
 
+import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,9 +71,53 @@ def test_a_timm_too_old_for_training_is_named_in_one_line():
 
 def test_an_unknown_subcommand_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: unknown subcommand 'trian'; did you mean train?\n",
+    )
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_begins_its_errors_alike(capsys, command):
+    assert cli.main([command, "--no-such-flag", "--rdp"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1
-    assert "'trian'" in err and "train?" in err
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["paths", "--model", "test_vit"], ["train", "--help"]], ids=" ".join
+)
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(argv, unbuffered):
+    with subprocess.Popen(
+        [sys.executable, "-m", "timm_rdp", *argv],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+
+
+def test_a_broken_pipe_of_another_kind_is_no_success(monkeypatch):
+    def main(argv):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("timm_rdp.study.paths.main", main)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["paths"])
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_a_terminal_and_shows_values_as_they_are_typed(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: timm-rdp {command} ")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert not re.search(r"default:\s+(None|\[|\{|\))", text)
 
 
 def test_help_shows_every_group_and_exits_with_0(capsys):

@@ -51,10 +51,15 @@ def number(
 def show_defaults(parser: Parser) -> Parser:
     """Give the flags' help texts their defaults, and N or TEXT where they name no value."""
     for action in parser._actions:
+        if len(",".join(action.choices or ())) > 40:  # too long for a line of its usage
+            action.metavar = "NAME"
+            action.help = f"{action.help}; one of {', '.join(filter(None, action.choices or ()))}"
         if action.nargs != 0 and not (action.choices or action.metavar):
             action.metavar = "N" if action.type else "TEXT"
         if action.nargs != 0 and action.default and "default: " not in str(action.help):
-            action.help = f"{action.help} (default: %(default)s)"
+            values = action.default if isinstance(action.default, list) else ()
+            typed = " ".join(f"{value:.4g}" for value in values) or "%(default)s"
+            action.help = f"{action.help} (default: {typed})"
     return parser
 
 

@@ -1,11 +1,14 @@
 """The command `timm-rdp`: one subcommand per tool, each imported only when it runs."""
 
 import importlib
+import os
+import select
 import sys
-from difflib import get_close_matches
+from contextlib import suppress
+from io import UnsupportedOperation
 
 from timm_rdp import __version__
-from timm_rdp.errors import UsageError, report
+from timm_rdp.errors import UsageError, nearest, report
 
 COMMANDS = {
     "train": ("timm_rdp.training.train", "train a model, with or without ResidualDroppath"),
@@ -19,7 +22,19 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp SUBCOMMAND ARGS...` and return its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        return report(error)
+    except BrokenPipeError:
+        if _is_unread():
+            return 0
+        raise  # a pipe of its own
+    finally:
+        _is_unread()
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: timm-rdp SUBCOMMAND ... (timm-rdp SUBCOMMAND --help says more)")
         print("       timm-rdp --version\n")
@@ -30,15 +45,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"timm-rdp {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        close = get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        print(f"timm-rdp: unknown subcommand {argv[0]!r}; {hint}", file=sys.stderr)
-        return 2
-    module, _ = COMMANDS[argv[0]]
-    try:
-        return importlib.import_module(module).main(argv[1:])
-    except UsageError as error:  # raised by the import
-        return report(error)
+        hint = nearest(argv[0], COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown subcommand {argv[0]!r}{hint}")
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads the output any more (`| head`); what is left of it is thrown away."""
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError, UnsupportedOperation):
+            stream.flush()
+        with suppress(UnsupportedOperation):  # a stream without a file
+            (pipe := select.poll()).register(stream, 0)
+            if pipe.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                unread = True
+    return unread
 
 
 if __name__ == "__main__":

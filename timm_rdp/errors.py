@@ -52,7 +52,9 @@ def refused_with(what: str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """An exception's message in one line; its type where it has none."""
     text = " ".join(str(error).split())
-    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}"
+    if isinstance(error, KeyError):
+        return f"{text} is missing"
+    return text or type(error).__name__
 
 
 def report(error: UsageError | TrainingError) -> int:

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import pickle
-import sys
 
 import pytest
 import torch
@@ -534,12 +533,11 @@ def test_the_rules_hold_after_many_long_sequences_of_calls(name):
     drive(name, examples=30, steps=30, phases=(Phase.generate, Phase.shrink))
 
 
-def test_the_sequences_called_everything(capsys):
+def test_the_sequences_called_everything():
     if not DONE:
         pytest.skip("the tests above were not run")
-    with capsys.disabled():  # on stderr, which a worker process shares with the terminal
-        for what, count in sorted(DONE.items()):
-            print(f"\n{count:6d} {what}", end="", file=sys.stderr)
+    for what, count in sorted(DONE.items()):
+        print(f"{count:6d} {what}")  # shown where the test fails
     assert all(DONE[f"{kind}{p} iterations"] for kind in ("", "attached ") for p in PHASES)
     for group in (INTERRUPTED, REFUSED, COPIES):
         assert sum(DONE[what] > 0 for what in group) > 1

@@ -1,5 +1,7 @@
 """attach(): where iterations of a user's own loop begin and end, and what cannot be followed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from core_helpers import (
@@ -442,3 +444,91 @@ def test_an_optimizer_is_refused_before_anything_is_changed(make, parts):
     for i in range(6):
         update(model, optimizer, 4 * i)
     assert same_bits(parameters_of(model), parameters_of(written_out("test_vit", 6)))
+
+
+# What a complement iteration has nothing to train.
+
+
+def frozen_but_the_head(model):
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return [{"params": model.parameters()}]
+
+
+def only_the_head(model):
+    return [{"params": model.head.parameters()}]
+
+
+def no_rate_but_for_the_head(model):
+    body = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+    return [{"params": body, "lr": 0.0}, {"params": model.head.parameters()}]
+
+
+@pytest.mark.parametrize("how", ["cycle()", "next", "same"])
+@pytest.mark.parametrize(
+    "groups",
+    [frozen_but_the_head, only_the_head, no_rate_but_for_the_head],
+    ids=lambda f: f.__name__,
+)
+def test_nothing_to_complement_is_logged_once(how, groups, caplog):
+    model = small_model("test_vit")
+    with_loss = ModelWithLoss(model)
+    optimizer = torch.optim.SGD(groups(model), lr=0.01)
+    rdp = ResidualDropPath(model)
+    if how != "cycle()":
+        rdp.follow(with_loss).attach(optimizer, batch=how)
+    for i in range(8):
+        for it in rdp.cycle() if how == "cycle()" else [nullcontext()]:
+            with it:
+                with_loss(*batch("test_vit", start=4 * i)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    told = [r.message for r in caplog.records if "nothing to complement" in r.message]
+    # The groups of an optimizer are known to attach() alone.
+    assert len(told) == (how != "cycle()" or groups is frozen_but_the_head)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.0])
+def test_a_complement_with_the_learning_rate_of_the_rest_logs_nothing(rate, caplog):
+    model = small_model("test_vit")
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)  # 0.0 as a warmup begins
+    ResidualDropPath(model).attach(optimizer)
+    for i in range(6):
+        update(model, optimizer, 4 * i)
+    assert not caplog.records
+
+
+class ModelWithLoss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, targets):
+        return nn.functional.cross_entropy(self.model(images), targets)
+
+
+@pytest.mark.parametrize("how", ["next", "same"])
+def test_a_forward_hook_logs_the_losses_of_both_iterations_apart(how):
+    """As docs/your_own_script.md says."""
+    losses, model = {"droppath": [], "complement": []}, small_model("test_vit")
+    with_loss = ModelWithLoss(model)
+    optimizer = sgd(model)
+    rdp = ResidualDropPath(model).follow(with_loss).attach(optimizer, batch=how)
+    with_loss.register_forward_hook(lambda _, __, loss: losses[rdp.phase].append(loss.item()))
+    for i in range(6):
+        with_loss(*batch("test_vit", start=4 * i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    expected, by_hand = {"droppath": [], "complement": []}, small_model("test_vit")
+    rdp, optimizer = ResidualDropPath(by_hand), sgd(by_hand)
+    for i in range(6):
+        for it in rdp.cycle() if how == "same" else [rdp.iteration()]:
+            with it:
+                loss = loss_of(by_hand, *batch("test_vit", start=4 * i))
+                expected[it.phase].append(loss.item())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert losses == expected
+    assert all(losses.values())

@@ -393,6 +393,56 @@ def test_same_is_refused_where_the_loss_cannot_be_found(scripts):
     assert "timm.task" in line
 
 
+CLOSURE = """
+import sys, timm, torch
+torch.manual_seed(0)
+model = timm.create_model("test_vit", img_size=32, num_classes=10, drop_path_rate=0.4)
+optimizer = getattr(torch.optim, sys.argv[1])(model.parameters(), lr=0.1)
+images = torch.randn(4, 3, 32, 32)
+{set_up}
+def closure():
+    optimizer.zero_grad()
+    loss = model(images).square().mean()
+    loss.backward()
+    return loss
+for _ in range(4):
+{step}
+torch.save(model.state_dict(), "weights.pt")
+"""
+
+
+@pytest.mark.parametrize("batch", ["next", "same"])
+def test_a_script_that_passes_a_closure_equals_a_loop_of_iterations(scripts, batch, monkeypatch):
+    monkeypatch.chdir(scripts.folder)
+    closure = CLOSURE.format(set_up="", step="    optimizer.step(closure)")
+    assert scripts.launch(closure, "SGD", "--rdp", "--rdp-batch", batch) == 0
+    launched = torch.load("weights.pt")
+    its = {"next": "[rdp.iteration()]", "same": "rdp.cycle()"}[batch]
+    explicit = CLOSURE.format(
+        set_up="import timm_rdp; rdp = timm_rdp.ResidualDropPath(model)",
+        step=f"    for it in {its}:\n        with it:\n            closure(); optimizer.step()",
+    )
+    assert scripts.launch(explicit, "SGD") == 0
+    assert same_bits(launched, torch.load("weights.pt"))
+
+
+@pytest.mark.parametrize("more", [[], ["--rdp-batch", "same"]], ids=["default", "same"])
+def test_lbfgs_is_refused_for_what_it_does(scripts, more):
+    closure = CLOSURE.format(set_up="", step="    optimizer.step(closure)")
+    assert "LBFGS moves all parameters" in scripts.refused(closure, "LBFGS", "--rdp", *more)
+
+
+def test_a_probe_of_the_head_is_told_once_that_there_is_nothing_to_complement(scripts):
+    probe = LOOP.replace("range(2)", "range(8)")
+    probe = probe.replace("SGD(model.parameters()", "SGD(model.head.parameters()")
+    frozen = probe.replace("optimizer =", "model.requires_grad_(False); model.head", 1).replace(
+        "model.head torch", "model.head.requires_grad_(True)\noptimizer = torch"
+    )
+    for script in (probe, frozen):
+        assert scripts.launch(script, "--rdp") == 0
+        assert scripts.err.count("nothing to complement") == 1
+
+
 def test_a_refusal_that_the_script_swallows_still_ends_with_status_2(scripts):
     indented = LOOP.replace("0.4", "0.0").replace("\n", "\n    ")
     script = f"try:\n    {indented}\nexcept Exception:\n    pass\n"
@@ -477,7 +527,7 @@ def test_help_shows_the_options_of_the_launcher_and_of_the_script(scripts, capsy
     assert not exit_.value.code
     assert "--rdp-every" in scripts.out and "--updates" in scripts.out
     assert main(["--help"]) == 0
-    help_ = capsys.readouterr().out
+    help_ = " ".join(capsys.readouterr().out.split())
     assert "--rdp-model" in help_ and "less accurate" in help_
 
 

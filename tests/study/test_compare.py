@@ -911,7 +911,7 @@ def test_a_folder_with_results_of_something_else_is_refused(stubbed, capsys):
     (stubbed.output / "grid.json").write_text("{}")
     assert stubbed("--seeds", 1) == 2
     assert (
-        "grid.json cannot be used, name another folder: KeyError 'options'"
+        "grid.json cannot be used, name another folder: 'options' is missing"
         in capsys.readouterr().err
     )
 

@@ -1,7 +1,10 @@
 """Loaders are timm's to the bit; data that cannot be used is refused before there is a model."""
 
+import io
+import json
 import multiprocessing
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from conftest import write_digits
 from core_helpers import same_bits
 from PIL import Image
-from runs import RESNET, checkpoint, run
+from runs import RESNET, VIT, checkpoint, flags, run
 from timm import utils
 from timm.data import (
     AugMixDataset,
@@ -24,6 +27,7 @@ from timm.data import (
 )
 
 from timm_rdp.errors import DataError
+from timm_rdp.training import train
 from timm_rdp.training.data import close_data, create_data
 from timm_rdp.training.dataset import check_data
 from timm_rdp.training.model import img_size_kwargs, mixup_active
@@ -526,3 +530,78 @@ def test_input_size_sets_height_and_width_apart(digits_folder):
     assert img_size_kwargs(args) == {"img_size": (32, 64)}
     args = options(digits_folder, "--model-kwargs", "dynamic_img_size=True")
     assert img_size_kwargs(args) == {}
+
+
+# Data sets that are gone through and not looked up.
+
+LEFT_OPEN = pytest.mark.filterwarnings(  # webdataset's shards, by its generators
+    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def write_shards(folder, labels=10, leave_out=()):
+    """32 images a split, as webdataset's shards."""
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"{split}-0.tar", "w") as tar:
+            for i in range(32):
+                image = io.BytesIO()
+                Image.new("RGB", (8, 8), (i * 7, 0, 0)).save(image, "png")
+                label = i % labels
+                sample = {"png": image.getvalue(), "cls": str(label).encode()}
+                sample["json"] = json.dumps({"label": label}).encode()
+                for kind, content in sample.items():
+                    entry = tarfile.TarInfo(f"{i:04d}.{kind}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+        info = {"name": split, "num_samples": 32, "shard_lengths": [32]}
+        info["filenames"] = [f"{split}-0.tar"]
+        splits[split] = {k: v for k, v in info.items() if k not in leave_out}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize(
+    ("shards", "more", "expected"),
+    [
+        ({"leave_out": ["num_samples"]}, [], "'num_samples' is missing"),
+        ({}, ["--target-key", "nope"], "['nope'] not found in the json sidecar"),
+        ({}, ["--train-split", "nope"], "split nope not found"),
+    ],
+    ids=["info", "target key", "split"],
+)
+def test_shards_that_cannot_be_read_are_refused_before_anything_is_written(
+    shards, more, expected, tmp_path, refused
+):
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path / "shards", **shards)
+    data = ["--dataset", "wds/shards", "--data-dir", tmp_path / "shards", "--num-classes", 10]
+    line = refused(*VIT, *data, "-j", 0, "-b", 8, *more)
+    assert "--dataset wds/shards" in line and expected in line
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_beyond_the_outputs_is_one_line_in_an_iterable_data_set(workers, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    write_shards(tmp_path / "shards", labels=20)
+    more = ["--dataset", "wds/shards", "-j", workers, "-b", 8]
+    assert train.main(flags(tmp_path / "shards", tmp_path, *VIT, *more)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "wds/shards (split train)" in line and "10 outputs: give --num-classes" in line
+
+
+def test_a_label_beyond_the_outputs_is_one_line_in_a_table(digits_folder, tmp_path, capsys):
+    import datasets
+
+    file = next((digits_folder / "train").rglob("*.png"))
+    image = {"bytes": file.read_bytes(), "path": file.name}
+    for split in ("train", "validation"):
+        data = {"image": [image] * 16, "label": [*range(16)]}
+        table = datasets.Dataset.from_dict(data).cast_column("image", datasets.Image())
+        table.to_parquet(tmp_path / "table" / f"{split}.parquet")
+    more = ["--dataset", f"hfds/{tmp_path / 'table'}", "-b", 8]
+    assert train.main(flags(tmp_path / "cache", tmp_path, *VIT, *more)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "has the label 1" in line and "10 outputs" in line

@@ -458,13 +458,24 @@ def test_lines_are_plain_where_there_is_no_terminal(digits_folder, tmp_path, cap
     ]
     assert "Complement: " in shown[-1] and "LR: " in shown[-1]
     assert any(line == f"Outputs are in {folder}" for line in lines)
-    assert any(line.startswith("*** Best metric: ") for line in lines)
+    best = max((float(row["eval_top1"]), row["eval_top1"]) for row in rows(folder))[0]
+    assert any(line.startswith(f"*** Best metric: {best:.2f} (epoch ") for line in lines)
+    assert f"checkpoint-0.pth.tar', {float(rows(folder)[0]['eval_top1']):.2f})\n" in "".join(lines)
+    tests = [line for line in lines if line.startswith("Test: ")]
+    assert all(re.search(r"Loss: +\d+\.\d{3}  Top1: +\d+\.\d\d  Top5:", line) for line in tests)
     out = capsys.readouterr().out
     results = json.loads(out.removeprefix("--result\n"))
     assert [r["epoch"] for r in sorted(results, key=lambda r: r["epoch"])] == [0, 1]
     assert str(results[-1]["validation"]["top1"]) == max(
         (row["eval_top1"] for row in rows(folder)), key=float
     )
+
+
+@pytest.mark.parametrize("loader", [[], ["--no-prefetcher"]], ids=" ".join)
+def test_mean_and_std_of_other_channels_are_told_once(loader, digits_folder, tmp_path, caplog):
+    run(digits_folder, tmp_path, *VIT, "--in-chans", 1, "--epochs", 1, *loader)
+    told = [r.message for r in caplog.records if "mean" in r.message and "std" in r.message]
+    assert len(told) == 1 and "of 3 channels, the images have 1" in told[0]
 
 
 def test_a_terminal_gets_a_bar_with_both_losses_and_the_time_left(

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from timm_rdp.core.checks import tell_nothing_to_complement
 from timm_rdp.core.drop_path import Hook, MaskedDropPath
-from timm_rdp.core.iteration import COMPLEMENT, DROPPATH
+from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.same_batch import SameBatch
 
@@ -34,7 +35,7 @@ class AttachedLoop:
         self._same = same
         self._repeating = False
         self._controller = controller
-        self._optimizer = _stepped(optimizer)
+        self._optimizer = stepped(optimizer)
         self._parameters = [*patch.parameters.values()]
         self._drop_paths: list[MaskedDropPath] = []
         self._hooks: list[Any] = []
@@ -139,11 +140,22 @@ class AttachedLoop:
             overflow = getattr(optimizer, "found_inf", None)
             completed = overflow is None or not overflow.item()
             phase = controller._active.phase
+            self._check_rates(controller._active)
             controller._leave(completed)
             if not completed:
                 self._forget()
             elif self._same is not None and phase == DROPPATH:
                 self._complement(optimizer, kwargs.get("closure", (*args, None, None)[1]))
+
+    def _check_rates(self, it: Iteration) -> None:
+        """Tell once of a complement iteration whose parameters alone have no learning rate."""
+        controller, groups = self._controller, self._optimizer.param_groups
+        if it.phase != COMPLEMENT or controller._told or not any(_has_rate(g) for g in groups):
+            return
+        ids = {id(controller._patch.parameters[name]) for name in it.trainable}
+        if not any(_has_rate(g) and any(id(p) in ids for p in g["params"]) for g in groups):
+            lack = "has a learning rate in the optimizer"
+            controller._told = tell_nothing_to_complement(it.dropped, lack)
 
     def _complement(self, optimizer: Optimizer, closure: Any) -> None:
         """Run the complement iteration of the droppath iteration that has just ended."""
@@ -154,6 +166,7 @@ class AttachedLoop:
         self._repeating = True
         completed = False
         controller._enter(controller.iteration())
+        self._check_rates(controller._active)
         try:
             same.train(optimizer, closure)
             completed = True
@@ -162,11 +175,16 @@ class AttachedLoop:
             controller._leave(completed)
 
 
-def _stepped(optimizer: Any) -> Optimizer:
-    """The optimizer whose own step() it is in the end that moves the parameters."""
+def _has_rate(group: dict[str, Any]) -> bool:
+    rate = group.get("lr", 1)
+    return isinstance(rate, torch.Tensor) or rate != 0  # a tensor may be on another device
+
+
+def stepped(optimizer: Any) -> Optimizer:
+    """The optimizer whose own step() moves the parameters; ValueError: it cannot be followed."""
     for name in ("optimizer", "opt", "base_optimizer", "_base_optimizer"):
         if (inside := getattr(optimizer, name, None)) is not None:
-            return _stepped(inside)
+            return stepped(inside)
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise ValueError(
             f"a {type(optimizer).__name__} is no optimizer of torch, whose steps could be "

@@ -1,5 +1,6 @@
 """What a controller is made of, checked at the door."""
 
+import logging
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.paths import PathGraph
+
+_logger = logging.getLogger(__name__)
 
 
 def whole_number(argument: str, value: Any, least: int | None = None) -> int:
@@ -120,3 +123,13 @@ def check_state(state: Any, expected: Mapping[str, Any], phases: Iterable[str]) 
         )
     if unknown := sorted(set(state["dropped"]) - set(own)):
         raise ValueError(f"the state drops {unknown[0]!r}, which is no path of this model")
+
+
+def tell_nothing_to_complement(dropped: frozenset[str], lack: str = "requires a gradient") -> bool:
+    """Log what a cycle that dropped these paths cannot train; whether there were some."""
+    if dropped:
+        _logger.warning(
+            f"nothing to complement: no parameter that {', '.join(sorted(dropped))} carried {lack} "
+            "(logged once; it may be so for other paths too)"
+        )
+    return bool(dropped)

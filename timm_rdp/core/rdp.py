@@ -65,7 +65,7 @@ class ResidualDropPath:
         self._active: Iteration | None = None
         self._loop: AttachedLoop | None = None
         self._outermost = self.model
-        self._detached = self._paused = False
+        self._detached = self._paused = self._told = False
         self._patch_model()
         if model is not self.model:
             self.follow(model)
@@ -315,4 +315,5 @@ class ResidualDropPath:
             if any(parameters[n].requires_grad for n in self._second_part(it.dropped)):
                 self.phase = COMPLEMENT
                 return
+            self._told = self._told or checks.tell_nothing_to_complement(it.dropped)
         self.current_cycle, self.phase = it.cycle + 1, DROPPATH

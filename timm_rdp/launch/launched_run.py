@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from timm_rdp.args import from_args
+from timm_rdp.core.attach import stepped
 from timm_rdp.core.rdp import ResidualDropPath
 from timm_rdp.core.versions import input_size
 from timm_rdp.errors import UsageError
@@ -88,6 +89,8 @@ class LaunchedRun:
         alive = [w for r in self.wrappers if (w := r()) is not None]
         wrappers = [w for w in alive if unwrap_model(w) is target]
         try:
+            if self.options.rdp:
+                stepped(optimizer)  # raises where its steps cannot be followed
             self.rdp = rdp = from_args([target, *wrappers][-1], self.options, example)
         except ValueError as error:
             raise self.refuse(f"the script's model {created}: {error}") from None
@@ -114,17 +117,12 @@ class LaunchedRun:
         )
 
     def _batch_mode(self, target: nn.Module) -> str:
-        """`same` where a task of timm's returns the loss, which is followed then."""
+        """`same` where a task of timm's returns the loss, or where that is asked for."""
         modules = [m for r in self.containers.values() if (m := r()) is not None]
         tasks = (m for m in modules if hasattr(m, "get_trainable_module") and _has(m, target))
         task = next(tasks, None)
-        if task is None and self.options.rdp_batch == "same":
-            raise self.refuse(
-                "--rdp-batch same: the script uses no task of timm.task, in which its loss could "
-                f"be found; leave it out, or {_RECIPE}"
-            )
         if task is None or self.options.rdp_batch == "next":
-            return "next"
+            return self.options.rdp_batch or "next"
         self.task = task
         self._follow(task)
         return "same"
@@ -197,9 +195,15 @@ class LaunchedRun:
                 "schedule per update, which tells no epoch; leave it out where that is reached"
             )
 
-    def _after_step(self, rdp: ResidualDropPath, *_: object) -> None:
+    def _after_step(self, rdp: ResidualDropPath, _: object, args: tuple, kwargs: dict) -> None:
         if self.stepped:
             return
+        closure = kwargs.get("closure", (*args, None)[1])  # the first one is the optimizer
+        if self.options.rdp_batch == "same" and self.task is None and closure is None:
+            raise self.refuse(
+                "--rdp-batch same: the script uses no task of timm.task and passes step() no "
+                f"closure, in which its loss could be found; leave it out, or {_RECIPE}"
+            )
         if self.begin is not None and self.epoch is None:
             raise self.refuse(
                 f"--rdp-start-epoch {self.options.rdp_start_epoch}: the script has no timm "

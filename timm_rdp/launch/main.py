@@ -83,7 +83,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, str, list[str]]:
 def _parser() -> Parser:
     parser = Parser(
         prog="timm-rdp launch",
-        usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-batch next] [--rdp-seed N] ...",
+        usage="timm-rdp launch SCRIPT ARGS... --rdp [--rdp-batch next] [--rdp-seed N]",
         description="Run an unmodified training script with ResidualDroppath. The options below "
         "are taken out of ARGS; the others are the script's.",
         epilog="The script makes its model by timm.create_model with a drop_path_rate above 0 "
@@ -101,8 +101,8 @@ def _parser() -> Parser:
     parser.set_defaults(rdp_batch=None)
     parser._option_string_actions["--rdp-batch"].help = (
         "same: each batch gets a droppath and a complement iteration, where the script uses a task "
-        "of timm.task (then the default); next: batches alternate between them (else), which was "
-        "measured to be cheaper than plain DropPath and less accurate"
+        "of timm.task (then the default) or passes step() a closure; next: batches alternate "
+        "between them (else), measured to be cheaper and less accurate than plain DropPath"
     )
     return parser
 

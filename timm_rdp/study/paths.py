@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import os
-import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -42,10 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return report(error)
     table = {"model": args.model, "drop_path": args.drop_path, **describe(rdp)}
-    try:
-        print(json.dumps(table, indent=2) if args.json else as_text(table), flush=True)
-    except BrokenPipeError:  # whoever reads it has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+    print(json.dumps(table, indent=2) if args.json else as_text(table))
     return 0
 
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -130,18 +130,18 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
     if _is_folder(args):
         reader = _reader(_split_root(args.data_dir, split), args.class_map, args.input_key)
         return _StrictImageDataset(args.data_dir, reader=reader, input_img_mode=img_mode)
-    more: dict[str, Any] = {}
+    what = f"--dataset {args.dataset} (split {split}) in --data-dir {args.data_dir}"
+    check = partial(_check_label, args.num_classes, what)
+    more: dict[str, Any] = {"target_transform": check}
     if args.task == "multilabel":
         dense = args.target_format == "multihot"
         more["target_transform"] = MultiLabelTarget(args.num_classes, dense=dense)
-    if is_training:
-        more |= dict(seed=args.seed, repeats=args.epoch_repeats)
-    with refused_with(f"--dataset {args.dataset} (split {split}) in --data-dir {args.data_dir}"):
-        dataset = create_dataset(
+    with refused_with(what):
+        create = partial(
+            create_dataset,
             args.dataset,
             root=args.data_dir,
             split=split,
-            is_training=is_training,
             class_map=args.class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
@@ -153,11 +153,24 @@ def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> 
             trust_remote_code=args.dataset_trust_remote_code,
             **more,
         )
-        if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
-            dataset[0]  # its fields, and whether they fit the task
+        repeats = dict(seed=args.seed, repeats=args.epoch_repeats) if is_training else {}
+        dataset = create(is_training=is_training, **repeats)
+        # Its fields, and whether they fit the task; one that iterates keeps its own place.
+        if isinstance(dataset, IterableDataset):
+            next(iter(create(is_training=False)), None)
+        elif hasattr(dataset, "__getitem__"):
+            dataset[0]
     if type(dataset) is ImageDataset:
         dataset.__class__ = _StrictImageDataset
     return dataset
+
+
+def _check_label(num_classes: int, what: str, label: Any) -> Any:
+    if not -1 <= label < num_classes:  # timm's -1 is no label
+        raise DataError(
+            f"{what} has the label {label}, and the model {num_classes} outputs: give --num-classes"
+        )
+    return label
 
 
 def _check_folders(root: Path, classes: Iterable[str]) -> None:

@@ -249,7 +249,9 @@ class Display:
     ) -> None:
         """Tell of a validation batch and of the metrics so far, of this rank."""
         if self._is_primary and not self.is_bar:
-            shown = "  ".join(f"{k.capitalize()}: {v:>7.3f}" for k, v in metrics().items())
+            shown = "  ".join(
+                f"{k.capitalize()}: {v:>7.{3 if k == 'loss' else 2}f}" for k, v in metrics().items()
+            )
             _logger.info(f"Test{suffix}: [{index:>4d}/{last}]  {shown}")
 
     def end_epoch(

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -50,6 +51,8 @@ class Saver(utils.CheckpointSaver):
             return of_task if ema else {**of_task, **run_state()}
 
         super().__init__(task=SimpleNamespace(get_checkpoint_state=state), **kwargs)
+        if not self.decreasing:  # in percent
+            logging.getLogger(utils.CheckpointSaver.__module__).addFilter(_with_two_decimals)
         self.last_is_written = False  # and `save_checkpoint` does only what follows that
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
@@ -87,6 +90,11 @@ class Saver(utils.CheckpointSaver):
             shutil.copy2(src, temporary)
         os.replace(temporary, dst)
         Path(temporary).unlink(missing_ok=True)  # still there where dst was the same file already
+
+
+def _with_two_decimals(record: logging.LogRecord) -> bool:
+    record.msg = re.sub(r"\d+\.\d+(?=\)\n)", lambda found: f"{float(found[0]):.2f}", record.msg)
+    return True
 
 
 def restore_history(saver: Saver, checkpoint: dict, path: str) -> None:

@@ -301,7 +301,8 @@ def _validate(
 def _tell_results(outputs: Outputs, results: list[dict], metric: str) -> None:
     saver = outputs.saver
     if saver.best_metric is not None:
-        _logger.info(f"*** Best metric: {saver.best_metric} (epoch {saver.best_epoch})")
+        best = f"{saver.best_metric:.{4 if metric == 'loss' else 2}f}"
+        _logger.info(f"*** Best metric: {best} (epoch {saver.best_epoch})")
     _logger.info(f"Outputs are in {outputs.folder}")
 
     def merit(result: dict) -> float:
