@@ -23,6 +23,12 @@ timm-rdp compare $train $vit --data-dir $few --lr 1e-3 --epochs 30 $seeds --meas
 timm-rdp compare $train $vit --data-dir $few --lr 1e-3 --epochs 10 $seeds \
     --drop-paths 0.3 0.6 0.8 --output $out/e2 --variants droppath rdp
 
+for seed in 300 304; do
+    python benchmarks/nested_depth.py --data-dir $few --output $out/e3/$seed --epochs 15 \
+        --first-seed $seed --seeds 4 &
+done
+wait
+
 timm-rdp train $train $vit --data-dir $few --lr 1e-3 --epochs 30 --seed 399 \
     --output $out --experiment e4_start --resume auto
 timm-rdp compare $train $vit --data-dir $few --lr 1e-4 --epochs 3 $seeds --measure 2000 \
