@@ -79,6 +79,8 @@ def train(
     rdp = None
     if wrap == "after":
         rdp = ResidualDropPath(model, example_input=example)
+        if backend == "regions":
+            rdp.compile(backend="aot_eager")
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True
     )
@@ -98,6 +100,8 @@ def train(
         rdp.follow(called)
     else:
         rdp = ResidualDropPath(called, example_input=example)
+        if backend == "regions":
+            rdp.compile(backend="aot_eager")
     if attach == "last":
         rdp.attach(optimizer)
 
@@ -249,14 +253,20 @@ def test_attached_loop_equals_the_written_out_one(ranks, wrap, attach):
 
 
 @pytest.mark.parametrize(
-    "backend, wrap", [("compiled inside", "before"), ("compiled outside", "after")]
+    "backend, wrap, graphs",
+    [
+        ("compiled inside", "before", 4),
+        ("compiled outside", "after", 4),
+        ("regions", "before", 16),
+        ("regions", "after", 16),
+    ],
 )
-def test_compiled_ranks_end_bitwise_equal_and_as_one_process_would(ranks, backend, wrap):
+def test_compiled_ranks_end_bitwise_equal_and_as_one_process_would(ranks, backend, wrap, graphs):
     options = {"cycles": 6, "backend": backend, "wrap": wrap}
     results = ranks.run(train_with, "test_vit", options)
     check_ranks_agree(results)
     check_one_process_agrees(results, "test_vit", cycles=6)
-    assert 1 <= results[0]["graphs"] <= 4
+    assert 1 <= results[0]["graphs"] <= graphs
 
 
 @pytest.mark.parametrize(
@@ -292,8 +302,8 @@ def train_with_frozen(rank, size):
     return set(before) - changed(before, parameters_of(model))
 
 
-def update(called, optimizer, rank):
-    images, labels = digit_images(4, 32, 4 * rank)
+def update(called, optimizer, rank, count=4):
+    images, labels = digit_images(count, 32, count * rank)
     torch.nn.functional.cross_entropy(called(images), labels).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -472,24 +482,38 @@ def train_attached(rank, size, validated):
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch before 2.6 has no FSDP2"
 )
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_sharded_models_train_what_an_iteration_trains(ranks, when):
-    results = ranks.run(train_sharded, when)
-    assert results[0] == results[1]
-    for phase, trained, trainable in results[0]:
+@pytest.mark.parametrize("when, size", [("before", 2), ("after", 2), ("after", 4)])
+def test_sharded_models_train_what_an_iteration_trains_and_as_one_process_would(ranks, when, size):
+    results = ranks.run(train_sharded, when, size=size)
+    (steps, parameters), *others = results
+    for other in others:
+        assert other[0] == steps
+        assert same_bits(other[1], parameters)
+    for phase, trained, trainable in steps:
         assert trained == trainable, phase
+    alone, expected = train_sharded(0, 1, images=4 * size)
+    assert [phase for phase, *_ in alone] == [phase for phase, *_ in steps]
+    torch.testing.assert_close(parameters, expected, rtol=1e-4, atol=1e-5)
 
 
-def train_sharded(rank, size, when):
-    """Per iteration its phase, what changed on a rank, and what should; with FSDP2."""
-    mesh = init_device_mesh("cpu", (size,))
+def train_sharded(rank, size, when=None, images=4):
+    """Per iteration its phase, what changed, and what should; and the parameters at the end.
+
+    FSDP2 shards the model `when` RDP has patched it or before; without it one process trains alone.
+    """
     model = create("test_vit")
-    rdp = ResidualDropPath(model) if when == "after" else None
-    for part in (*model.blocks, model):
-        torch.distributed.fsdp.fully_shard(part, mesh=mesh)
-    rdp = ResidualDropPath(model) if rdp is None else rdp.follow(model)
+    rdp = ResidualDropPath(model) if when != "before" else None
+    if when is not None:
+        mesh = init_device_mesh("cpu", (size,))
+        for part in (*model.blocks, model):
+            torch.distributed.fsdp.fully_shard(part, mesh=mesh)
+        rdp = ResidualDropPath(model) if rdp is None else rdp.follow(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
-    whole = lambda: {n: p.full_tensor().clone() for n, p in model.named_parameters()}
+
+    def whole():
+        parameters = {n: p.detach() for n, p in model.named_parameters()}
+        return {n: getattr(p, "full_tensor", p.clone)().clone() for n, p in parameters.items()}
+
     seen = []
     for _ in range(3):
         for it in rdp.cycle():
@@ -498,10 +522,11 @@ def train_sharded(rank, size, when):
                 model.eval()(digit_images(2)[0])
             model.train()
             with it:
-                update(model, optimizer, rank)
-            model.reshard()
+                update(model, optimizer, rank, images)
+            if when is not None:
+                model.reshard()
             seen.append((it.phase, changed(before, whole()), it.trainable))
-    return seen
+    return seen, whole()
 
 
 def test_synchronised_batch_norm_is_traced_without_communication(ranks):

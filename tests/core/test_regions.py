@@ -10,6 +10,7 @@ import torch
 from compile_helpers import check_same_training, drop_paths, graphs, train
 from core_helpers import batch, buffers_of, changed, loss_of, parameters_of, small_model
 from functorch.compile import make_boxed_func
+from test_families import FAMILIES, create, first_tensor
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -397,3 +398,33 @@ def test_who_compiles_the_whole_model_is_told_once_what_regions_would_save(caplo
     rdp.follow(model)
     (record,) = caplog.records
     assert "rdp.compile() instead saves that for 4 paths" in record.message
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_gradients_of_eager_mode(family):
+    name, size, options = FAMILIES[family]
+    eager, model = (create(name, options) for _ in range(2))
+    images = torch.randn(4, 3, size, size, dtype=torch.float64)
+    found = []
+    for each in (eager, model):
+        for module in drop_paths(each):
+            module.drop_prob = 0.5
+        rdp = ResidualDropPath(each, example_input=images)
+        if each is model:
+            rdp.compile(backend="aot_eager")
+        found.append([])
+        for _ in range(3):
+            for it in rdp.cycle():
+                torch.manual_seed(it.cycle)
+                with it:
+                    first_tensor(each(images)).square().mean().backward()
+                    gradients = {
+                        n: p.grad for n, p in each.named_parameters() if p.grad is not None
+                    }
+                    found[-1].append((it.phase, it.dropped, gradients, buffers_of(each)))
+                    each.zero_grad()
+    for ours, theirs in zip(*found, strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2].keys() == theirs[2].keys()
+        torch.testing.assert_close(ours[2:], theirs[2:], rtol=1e-6, atol=1e-8)
