@@ -51,6 +51,8 @@ def main() -> None:
         return
     args.output.mkdir(parents=True, exist_ok=True)
     rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
+    if args.quick:
+        rows = [("test_vit", 0.4)]
     results = []
     for name, rate in tqdm(rows, desc="models", disable=None):
         results.append(measure(args, name, rate))
@@ -83,10 +85,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--memory", action="store_true", help="peak memory, in processes of its own"
     )
+    parser.add_argument("--quick", action="store_true", help="one tiny model, to try the benchmark")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.batch_size, args.rounds, args.batch_sizes = 4, 3, []
+    return args
 
 
 def with_batch_size(args: argparse.Namespace, size: int) -> argparse.Namespace:

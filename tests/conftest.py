@@ -20,6 +20,16 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests marked gpu run (default: a GPU)")
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Where the tests marked gpu run."""
+    return torch.device(request.config.getoption("--device") or "cuda")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def demo_cache(tmp_path_factory) -> Path:
     """The demo's images go to a folder of this test run, never to the home folder."""
