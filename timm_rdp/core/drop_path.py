@@ -245,12 +245,12 @@ class MaskedDropPath(DropPath):
         Compiled code on `device` reads the same from `weights`, tensors of shape () or constants.
         """
         # nn.Module's own __setattr__ would be most of what an iteration costs.
-        vars(self).update(
-            _decisions=None if decisions is None else tuple(decisions),
-            _weights=None if weights is None else tuple(weights),
-            _call=0,
-            _batch={},
-        )
+        state = vars(self)
+        state["_decisions"] = None if decisions is None else tuple(decisions)
+        state["_weights"] = None if weights is None else tuple(weights)
+        state["_call"] = 0
+        if self._batch:
+            state["_batch"] = {}
         if decisions is not None and weights is not None:
             self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 

@@ -1,6 +1,8 @@
 """Puts a model into the state that an iteration needs, and back."""
 
+import operator
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -34,6 +36,7 @@ class ModelPatch:
 
     def __init__(self, model: nn.Module, graph: PathGraph, owner: object):
         self.parameters = dict(model.named_parameters())
+        self.names = frozenset(self.parameters)
         self.compiled = False  # as a whole
         self._model = model
         self._graph = graph
@@ -48,7 +51,7 @@ class ModelPatch:
         # What the patch is for: the dicts of modules and parameters of all modules that have some.
         dicts = [(m._modules, m._parameters) for m in model.modules()]
         self._dicts = [d for pair in dicts if any(pair) for d in pair]
-        self._identities = self._ids()
+        self._known = [*self._now()]
         # What turn_off() sets back.
         self._frozen: dict[str, nn.Parameter] = {}
         self._resting: list[nn.Module] = []
@@ -118,16 +121,21 @@ class ModelPatch:
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
         self.turn_off()
-        self._identities = self._ids()
+        self._known = [*self._now()]
         for module in self.drop_paths.values():
             module._owner = weakref.ref(owner)
 
-    def _ids(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict.values, self._dicts)))]
+    def frozen(self) -> set[str]:
+        """The names of the parameters that do not require a gradient."""
+        return {n for n, p in self.parameters.items() if not p.requires_grad}
+
+    def _now(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._dicts))
 
     def changed(self) -> str | None:
         """The name of a parameter or module that the model did not have when it was patched."""
-        if self._ids() == self._identities:
+        same_number = sum(map(len, self._dicts)) == len(self._known)
+        if same_number and all(map(operator.is_, self._now(), self._known)):
             return None
         for module in self._modules.values():
             if hasattr(module, "reshard"):  # FSDP2 leaves whole parameters behind an evaluation
@@ -169,13 +177,13 @@ class ModelPatch:
             end = self._model.register_forward_hook(Hook(self._end_forward))
             self._iteration_hooks.append(end)
         self._trainable = it.trainable
-        for name, parameter in self.parameters.items():
-            if name not in it.trainable:
-                # A zero gradient would still let weight decay and momentum move the parameter.
-                parameter.grad = None
-                if parameter.requires_grad and not self.compiled:
-                    parameter.requires_grad_(False)
-                    self._frozen[name] = parameter
+        for name in self.names - it.trainable:
+            parameter = self.parameters[name]
+            # A zero gradient would still let weight decay and momentum move the parameter.
+            parameter.grad = None
+            if parameter.requires_grad and not self.compiled:
+                parameter.requires_grad = False
+                self._frozen[name] = parameter
         if self._probes != {}:  # a few parameters that the optimizer is to leave alone
             some = [n for n in self.parameters if n not in it.trainable and it.phase == COMPLEMENT]
             some = some[:: len(some) // 8 + 1]
@@ -193,7 +201,7 @@ class ModelPatch:
         meanwhile = {n for n in trainable if not self.parameters[n].requires_grad}
         for name, parameter in self._frozen.items():
             if not (meanwhile and self._is_frozen_with(name, meanwhile)):
-                parameter.requires_grad_(True)
+                parameter.requires_grad = True
         for module in self._resting:  # an interrupt may have ended its forward
             module.training = True
         for buffer, value in self._saved_buffers:

@@ -85,6 +85,7 @@ class PathGraph:
         self._parameters = parameters
         self._owners = owners
         self._everything = self._live(0)
+        self._last_cut: dict[int, int] = {}
         inputs_from = self._count + len(parameters) + len(owners)
         inputs = self._everything >> inputs_from
         self.depends_on_input = bool(inputs)
@@ -163,7 +164,9 @@ class PathGraph:
 
     def _cut(self, dropped: int) -> int:
         """Bits, from that of the first parameter on, of what the output no longer reaches."""
-        return (self._everything & ~self._live(dropped)) >> self._count
+        if dropped not in self._last_cut:  # a cycle asks for the same one again and again
+            self._last_cut = {dropped: (self._everything & ~self._live(dropped)) >> self._count}
+        return self._last_cut[dropped]
 
 
 def _select(items: list[T], bits: int) -> Iterator[T]:

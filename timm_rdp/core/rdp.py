@@ -161,8 +161,7 @@ class ResidualDropPath:
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
         complement = self.phase == COMPLEMENT
         part = self._second_part(dropped) if complement else self.dropped_part(dropped)
-        flags = {n: p.requires_grad for n, p in self._patch.parameters.items()}
-        trainable = frozenset(n for n, flag in flags.items() if flag and (n in part) is complement)
+        trainable = (part if complement else self._patch.names - part) - self._patch.frozen()
         return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
 
     def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
@@ -289,7 +288,7 @@ class ResidualDropPath:
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
         self._patch.check_unchanged()
         # What the user froze since the iteration was asked for does not train either.
-        it.trainable -= {n for n, p in self._patch.parameters.items() if not p.requires_grad}
+        it.trainable -= self._patch.frozen()
         self._patch.turn_on(it)
         self._active = it
         self._begin(it)
