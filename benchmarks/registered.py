@@ -67,7 +67,7 @@ class Pairs:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values after Holm's correction over all primaries, in their order; what was not run has 1."""
+    """p values after Holm's correction, in their order; primaries that were not run count as 1."""
     corrected, largest = [0.0] * len(values), 0.0
     for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
         largest = max(largest, min(1.0, (PRIMARIES - rank) * values[index]))
