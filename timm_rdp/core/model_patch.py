@@ -182,7 +182,7 @@ class ModelPatch:
             # A zero gradient would still let weight decay and momentum move the parameter.
             parameter.grad = None
             if parameter.requires_grad and not self.compiled:
-                parameter.requires_grad = False
+                parameter.requires_grad_(False)  # raises within torch.func's transformations
                 self._frozen[name] = parameter
         if self._probes != {}:  # a few parameters that the optimizer is to leave alone
             some = [n for n in self.parameters if n not in it.trainable and it.phase == COMPLEMENT]
