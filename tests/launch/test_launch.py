@@ -386,6 +386,18 @@ def test_a_script_with_timms_task_trains_each_batch_in_a_full_cycle(scripts, arg
     assert launched["losses"] == explicit["losses"]
 
 
+def test_a_task_made_after_the_optimizer_trains_each_batch_in_a_full_cycle_too(scripts):
+    optimizer = next(line for line in TIMM_STYLE.splitlines() if "= create_optimizer_v2(" in line)
+    later = TIMM_STYLE.replace(f"{optimizer}\n", "")
+    later = later.replace("    loss_fn = nn.", f"{optimizer}\n    loss_fn = nn.")
+    states = []
+    for script in (TIMM_STYLE, later):
+        states.append(scripts.saved_by(script, "--drop-path", 0.4, "--rdp"))
+        assert "each step of AdamW is a cycle (same)" in scripts.err
+    assert all(same_bits(states[0].get(key), states[1].get(key)) for key in MODEL_STATES)
+    assert states[0]["losses"] == states[1]["losses"]
+
+
 def test_same_is_refused_where_the_loss_cannot_be_found(scripts):
     line = scripts.refused(
         PLAIN, "--drop-path", 0.4, "--out", "out", "--rdp", "--rdp-batch", "same"

@@ -17,6 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.launch.launched_run import LaunchedRun
 
+try:
+    from timm.task import task as timm_task
+
+    TASKS = timm_task.TrainingTask.__subclasses__()
+except ImportError:  # timm before 1.0.23
+    TASKS = []
+
 
 @contextmanager
 def hooked(run: LaunchedRun) -> Iterator[None]:
@@ -58,6 +65,8 @@ def hooked(run: LaunchedRun) -> Iterator[None]:
         contains = lambda module, *_: run.containers.update({id(module): weakref.ref(module)})
         stack.callback(register_module_module_registration_hook(contains).remove)
         hook(torch.optim.Optimizer, "__init__", lambda _, self, *a, **k: run.on_optimizer(self))
+        for task in TASKS:
+            hook(task, "__init__", lambda _, self, *a, **k: run.on_task(self))
         hook(DistributedDataParallel, "__init__", lambda _, self, *a, **k: run.on_wrapper(self))
         hook(torch, "compile", lambda made, *_, **__: run.on_wrapper(made))
         hook(torch.jit, "script", lambda _, obj, *a, **k: run.on_script(obj), first=True)

@@ -77,12 +77,12 @@ class LaunchedRun:
                 self._take(created, model, optimizer, held)
 
     def _take(self, created: str, model: nn.Module, optimizer: Optimizer, held: set[int]) -> None:
-        name, example = type(optimizer).__name__, None
+        example = None
         target = self._what_is_trained(model, held)
         if target is None:
             raise self.refuse(
-                f"{name} trains parameters beside those of the model {created} and no module holds "
-                f"them all, to be frozen together; {_RECIPE}"
+                f"{type(optimizer).__name__} trains parameters beside those of the model {created} "
+                f"and no module holds them all, to be frozen together; {_RECIPE}"
             )
         if target is not model:
             example = torch.empty((2, *input_size(model)), device="meta")
@@ -104,28 +104,37 @@ class LaunchedRun:
         save = lambda _, state: state.update({STATE_KEY: rdp.state_dict()})
         optimizer.register_state_dict_post_hook(save)
         optimizer.register_load_state_dict_pre_hook(partial(self._load_state, rdp))
-        batch = self._batch_mode(target)
-        self.begin = partial(rdp.attach, optimizer, batch, self._clip_again)
+        _logger.info(
+            f"ResidualDroppath on {what}: {len(rdp.paths)} residual paths, "
+            f"{sum(p.drop_prob for p in rdp.paths):.2f} dropped on average; masks from seed "
+            f"{rdp.seed}"
+        )
+        self.begin = partial(self._attach, rdp, optimizer)
+        for module in [m for r in self.containers.values() if (m := r()) is not None]:
+            if hasattr(module, "get_trainable_module"):
+                self.on_task(module)
         if not self.options.rdp_start_epoch:
             self.begin()
             self.begin = None
-        each = "a cycle (same)" if batch == "same" else "one iteration (next)"
-        _logger.info(
-            f"ResidualDroppath on {what}: {len(rdp.paths)} residual paths, "
-            f"{sum(p.drop_prob for p in rdp.paths):.2f} dropped on average; each step of {name} "
-            f"is {each}; masks from seed {rdp.seed}"
-        )
 
-    def _batch_mode(self, target: nn.Module) -> str:
-        """`same` where a task of timm's returns the loss, or where that is asked for."""
-        modules = [m for r in self.containers.values() if (m := r()) is not None]
-        tasks = (m for m in modules if hasattr(m, "get_trainable_module") and _has(m, target))
-        task = next(tasks, None)
-        if task is None or self.options.rdp_batch == "next":
-            return self.options.rdp_batch or "next"
-        self.task = task
-        self._follow(task)
-        return "same"
+    def on_task(self, task: nn.Module) -> None:
+        """The script made a task of timm's, whose loss `same` finds."""
+        if self.task or self.rdp is None or not _has(task, self.rdp.model):
+            return
+        if self.options.rdp_batch != "next":
+            self.task = task
+            self._follow(task)
+            if self.begin is None and self.rdp._loop is not None:  # made after the optimizer
+                optimizer = self.rdp._loop._optimizer
+                self.rdp._loop.remove()
+                self.rdp._loop = None
+                self._attach(self.rdp, optimizer)
+
+    def _attach(self, rdp: ResidualDropPath, optimizer: Optimizer) -> None:
+        batch = "same" if self.task else self.options.rdp_batch or "next"
+        rdp.attach(optimizer, batch, self._clip_again)
+        each = "a cycle (same)" if batch == "same" else "one iteration (next)"
+        _logger.info(f"each step of {type(optimizer).__name__} is {each}")
 
     def _follow(self, wrapper: nn.Module) -> None:
         assert self.rdp is not None
