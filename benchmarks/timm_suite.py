@@ -58,8 +58,8 @@ def script_module() -> types.ModuleType:
 
     @contextmanager
     def refusals():
-        def create_model(name, *args, **kwargs):
-            return module.create_model(name, *args, **kwargs)
+        def create_model(*args, **kwargs):
+            return module.create_model(*args, **kwargs)
 
         original = timm.create_model
         timm.create_model = create_model
@@ -103,20 +103,20 @@ def patch_models() -> None:
 
     original = timm.create_model
 
-    def create_model(name, *args, **kwargs):
+    def create_model(model_name, *args, **kwargs):
         rates = [{}] if "drop_path_rate" in kwargs else [{"drop_path_rate": DROP_PATH}, {}]
         for rate in rates:
             try:
                 with torch.device("meta"):
-                    model = original(name, *args, **{**kwargs, "pretrained": False, **rate})
+                    model = original(model_name, *args, **{**kwargs, "pretrained": False, **rate})
                 break
             except TypeError:
                 continue
             except Exception:  # a model that cannot be made on meta
-                return original(name, *args, **kwargs)
+                return original(model_name, *args, **kwargs)
         if sum(p.numel() for p in model.parameters()) > LARGEST:
             pytest.skip(f"more than {LARGEST:,} parameters")
-        model = original(name, *args, **{**kwargs, **rate})
+        model = original(model_name, *args, **{**kwargs, **rate})
         try:
             controllers.append(ResidualDropPath(model))
             patched[True] += 1

@@ -2,7 +2,6 @@
 
 import operator
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -51,7 +50,7 @@ class ModelPatch:
         # What the patch is for: the dicts of modules and parameters of all modules that have some.
         dicts = [(m._modules, m._parameters) for m in model.modules()]
         self._dicts = [d for pair in dicts if any(pair) for d in pair]
-        self._known = [*self._now()]
+        self._known = self._now()
         # What turn_off() sets back.
         self._frozen: dict[str, nn.Parameter] = {}
         self._resting: list[nn.Module] = []
@@ -65,9 +64,9 @@ class ModelPatch:
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where the model has other parameters than when it was patched."""
-        what = "was added to the model or replaced after patching"
         if (name := self.changed()) is not None:
-            raise RuntimeError(f"{name} {what}: call follow(model), or patch it complete")
+            what = f"{name} was added to the model or replaced after patching"
+            raise RuntimeError(f"{what}: call follow(model), or patch it complete")
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile the model in place, by regions where it has some; ValueError where it is."""
@@ -121,7 +120,7 @@ class ModelPatch:
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
         self.turn_off()
-        self._known = [*self._now()]
+        self._known = self._now()
         for module in self.drop_paths.values():
             module._owner = weakref.ref(owner)
 
@@ -129,13 +128,13 @@ class ModelPatch:
         """The names of the parameters that do not require a gradient."""
         return {n for n, p in self.parameters.items() if not p.requires_grad}
 
-    def _now(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._dicts))
+    def _now(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._dicts))]
 
     def changed(self) -> str | None:
         """The name of a parameter or module that the model did not have when it was patched."""
-        same_number = sum(map(len, self._dicts)) == len(self._known)
-        if same_number and all(map(operator.is_, self._now(), self._known)):
+        found = self._now()
+        if len(found) == len(self._known) and all(map(operator.is_, found, self._known)):
             return None
         for module in self._modules.values():
             if hasattr(module, "reshard"):  # FSDP2 leaves whole parameters behind an evaluation
@@ -159,23 +158,20 @@ class ModelPatch:
 
     def _turn_on(self, it: Iteration) -> None:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
-        self._in_train_mode = set()
-        device = next(iter(self.parameters.values())).device
+        self._in_train_mode, self._called_otherwise = set(), None
         in_regions = [m for n, m in self.drop_paths.items() if self._regions and n in self._regions]
+        device = next(iter(self.parameters.values())).device
         self._decisions.tell(it, device, self.compiled, in_regions)
         self._keep_buffers(dropped)
         if not self.compiled:
-            self._called_otherwise = None
             paths = [self._paths[name] for name in dropped]
             for path in paths:  # what is dropped is handed one sample, where that can be done
                 for entrance in path.entrances:
-                    if entrance in self._regions:
-                        continue  # and is not in its graph
-                    hook = partial(_patched(path).pass_on_one_sample, path.call)
-                    self._hook_forward(self._modules[entrance], hook)
+                    if entrance not in self._regions:  # where it is not in the graph
+                        hook = partial(_patched(path).pass_on_one_sample, path.call)
+                        self._hook_forward(self._modules[entrance], hook)
             self._hook_forward(self._model, partial(self._begin_forward, paths))
-            end = self._model.register_forward_hook(Hook(self._end_forward))
-            self._iteration_hooks.append(end)
+            self._iteration_hooks.append(self._model.register_forward_hook(Hook(self._end_forward)))
         self._trainable = it.trainable
         for name in self.names - it.trainable:
             parameter = self.parameters[name]
@@ -210,8 +206,8 @@ class ModelPatch:
             hook.remove()
         for region in self._regions.values():
             region.resting = []
-        self._frozen, self._resting = {}, []
-        self._saved_buffers, self._iteration_hooks = [], []
+        self._frozen = {}
+        self._resting, self._saved_buffers, self._iteration_hooks = [], [], []
         for module in self.drop_paths.values():
             module.decide(None)
         if not aside:
