@@ -20,6 +20,7 @@ pytest -m gpu --device "$device" -n 1 --durations 10 | tee "$output/tests.txt" |
 speed="python benchmarks/speed.py --device $device --bf16 $quick"
 $speed --output "$output/eager" --batch-size 128 --rounds 10 --batch-sizes 16 256
 $speed --output "$output/memory" --batch-size 128 --rounds 3 --batch-sizes --memory --rows 0 2 3
+[ "$quick" ] || python benchmarks/cold_start.py --device "$device" --output "$output/cold_start"
 $speed --output "$output/compiled" --batch-size 128 --rounds 10 --batch-sizes --compile
 if [ "$timm_script" ]; then
     python benchmarks/loop.py --device "$device" $quick --timm-script "$timm_script" \
