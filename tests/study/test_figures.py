@@ -80,7 +80,7 @@ def draw_single_network(toy_features):
 
 
 def draw_ranks(_):
-    values = [torch.linspace(1, 5, 8), torch.linspace(2, 4, 8)]
+    values = [torch.linspace(1, 5, 8).tolist(), torch.linspace(2, 4, 8).tolist()]
     panels = [("path outputs", values), ("block outputs", values)]
     return figures.lines_per_layer(panels, ["a", "b"], "rank (dimensions)", "Ranks")
 
@@ -88,7 +88,7 @@ def draw_ranks(_):
 def draw_importance(_):
     names = [f"blocks.{i}.drop_path" for i in range(24)]
     rises = torch.tensor([2.0, 0.5] + [0.01, -0.002] * 11)
-    return figures.path_importance(names, [rises, rises / 2], ["a", "b"])
+    return figures.path_importance(names, torch.stack([rises, rises / 2]), ["a", "b"])
 
 
 DRAWINGS = [value for name, value in sorted(globals().items()) if name.startswith("draw_")]

@@ -1,6 +1,7 @@
 """The toy study: its data, its networks, its run from end to end, and bad input."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -30,6 +31,42 @@ def test_spirals_are_a_function_of_the_seed_and_move_no_global_state():
     assert torch.equal(first, again)
     assert not torch.equal(first, toy.two_spirals(40, 0.1, 2, seed=4)[0])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_playground_spirals_are_those_of_its_own_formula():
+    # As TensorFlow Playground has it: r = i / n * 5, t = 1.75 * i / n * 2 pi, x = r sin t, y = r
+    # cos t, the other arm turned by pi, and a uniform value in [-noise, noise] on each.
+    n, noise = 40, 0.3
+    arms = [[], []]
+    for label, turned in ((0, 0.0), (1, math.pi)):
+        for i in range(n):
+            r, t = i / n * 5, 1.75 * i / n * 2 * math.pi + turned
+            arms[label].append((r * math.sin(t), r * math.cos(t)))
+    exact, noisy = (
+        [torch.cat(parts) for parts in zip(*toy.playground_spirals(n, x, 1.75, 3), strict=True)]
+        for x in (0.0, noise)
+    )
+    for label, arm in enumerate(arms):
+        own = exact[0][exact[1] == label]
+        own = own[own.norm(dim=1).argsort()]  # the radius grows
+        torch.testing.assert_close(own, torch.tensor(arm), atol=1e-4, rtol=0)
+    added = noisy[0] - exact[0]
+    assert torch.equal(noisy[1], exact[1]) and added.abs().max() <= noise + 1e-6
+    expected = torch.linspace(-noise, noise, 2 * 2 * n)  # uniform: its quantiles are even
+    assert (added.flatten().sort().values - expected).abs().max() < 0.1
+
+
+def test_half_of_the_playgrounds_points_are_held_back(tmp_path, capsys):
+    (x, _), (other, _) = toy.playground_spirals(30, 0.0, 1.75, 0)
+    assert len(x) == len(other) == 30 and torch.cdist(x, other).min() < 1
+    points = torch.cat([x, other])
+    assert len(points[points.norm(dim=1) > 0].unique(dim=0)) == 2 * 30 - 2  # both arms begin at 0
+    output = tmp_path / "out"
+    assert main([*SMALL, "--playground", "--output", str(output), "--model", "test_vit"]) == 0
+    assert "spirals of TensorFlow Playground, 60 points" in capsys.readouterr().out
+    rows = list(csv.DictReader((output / "fig2_spirals.csv").read_text().splitlines()))
+    radius = [math.hypot(float(row["x"]), float(row["y"])) for row in rows]
+    assert len(rows) == 60 and 4 < max(radius) < 5.1
 
 
 def test_block_features_are_the_running_sums_of_path_features():
@@ -170,5 +207,5 @@ def test_bad_input_is_one_line_and_writes_nothing(options, words, tmp_path, caps
 def test_output_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "taken").write_text("mine")
     assert main([*SMALL, "--output", str(tmp_path / "taken" / "spiral")]) == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
+    assert "Not a directory" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"

@@ -237,9 +237,9 @@ def test_without_a_validation_split_the_summary_ranks_by_the_training_loss(
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("", "name a folder"),
-        ("taken", "is a file, not a folder"),
-        ("taken/below", "is a file, not a folder"),
+        ("", "it has no name"),
+        ("taken", "Not a directory"),
+        ("taken/below", "Not a directory"),
         ("a" * 300, "name too long"),
         ("absent/" + "a" * 300, "name too long"),
         ("loop/below", "symbolic links"),

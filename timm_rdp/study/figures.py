@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RED, BLUE, ORANGE, GREY = "#e8705a", "#14386b", "#e69f00", "#8a8a8a"
+RED, BLUE, GREY = "#e8705a", "#14386b", "#8a8a8a"
 SEQUENTIAL = "cividis"
 WIDTH = 8.0  # inches; at DPI this is the width of a README column
 DPI = 110
@@ -70,11 +69,11 @@ def similarity_grid(
 ) -> "Figure":
     """Heatmaps side by side on one colour scale: a row a kind of layer, a column a network.
 
-    Args:
-        rows: (what the layers are, number of the first, one (layers, layers) matrix a column).
-        measure: what the colour shows.
+    Rows are (what the layers are, number of the first, one (layers, layers) matrix a column), and
+    `measure` is what the colour shows.
     """
-    scale = colour_range([m for *_, row in rows for m in row])
+    cells = [(kind, first, i, m) for kind, first, row in rows for i, m in enumerate(row)]
+    scale = colour_range([m for *_, m in cells])
     several = len(columns) > 1
     # One network alone: its kinds of layer lie side by side instead.
     down, across = (len(rows), len(columns)) if several else (1, len(rows))
@@ -82,7 +81,6 @@ def similarity_grid(
     title = title if several else f"{title}: {columns[0]}"
     figure = new_figure(height=down * (side + 0.2) + 0.8, title=title)
     grid = figure.subplots(down, across, squeeze=False).ravel()
-    cells = [(kind, first, i, m) for kind, first, row in rows for i, m in enumerate(row)]
     for i, ((kind, first, column, matrix), axes) in enumerate(zip(cells, grid, strict=True)):
         heatmap(axes, matrix, scale, first)
         axes.tick_params(labelsize=7)
@@ -97,19 +95,15 @@ def similarity_grid(
 
 
 def lines_per_layer(
-    panels: list[tuple[str, list[Tensor]]], columns: list[str], ylabel: str, title: str
+    panels: list[tuple[str, list[list[float]]]], columns: list[str], ylabel: str, title: str
 ) -> "Figure":
-    """A value per layer, a line a network.
-
-    Args:
-        panels: (what the layers are, one (layers,) tensor a network).
-    """
+    """A value per layer, a line a network; panels are (what the layers are, each one's values)."""
     figure = new_figure(height=3.2, title=title)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for (kind, values), axes in zip(panels, grid, strict=True):
         for i, (name, value) in enumerate(zip(columns, values, strict=True)):
             look = {"marker": MARKERS[i % len(MARKERS)], "color": TONES[i % len(TONES)]}
-            axes.plot(value.numpy(), **look, markersize=4, linewidth=1, label=name)
+            axes.plot(value, **look, markersize=4, linewidth=1, label=name)
         axes.locator_params("x", nbins=8, integer=True)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"layer number ({kind})")
@@ -121,13 +115,8 @@ def lines_per_layer(
     return figure
 
 
-def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) -> "Figure":
-    """Rise of the validation loss when one path is dropped, a bar a path and network.
-
-    Args:
-        names: the paths, in call order.
-        losses: per network (paths,): loss with that path dropped minus loss with none dropped.
-    """
+def path_importance(names: list[str], rises: Tensor, columns: list[str]) -> "Figure":
+    """Rise of the validation loss when one path is dropped: (networks, paths), a bar each."""
     rows = len(names) * len(columns)
     figure = new_figure(
         height=min(1.7 + 0.11 * rows + 0.05 * len(names), 14),
@@ -135,7 +124,7 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     )
     axes = figure.subplots()
     thickness = 0.8 / len(columns)
-    for i, (name, rise) in enumerate(zip(columns, losses, strict=True)):
+    for i, (name, rise) in enumerate(zip(columns, rises, strict=True)):
         y = np.arange(len(names)) + (i - (len(columns) - 1) / 2) * thickness
         look: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3, "label": name}
         look |= {"color": TONES[i % len(TONES)], "hatch": ("", "///", "...", "xxx")[i % 4]}
@@ -144,12 +133,12 @@ def path_importance(names: list[str], losses: list[Tensor], columns: list[str]) 
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
-    every, scale = torch.stack(losses), ""
-    if every.abs().max() > 20 * every.abs().median() > 0:
+    usual, scale = rises.abs().median().item(), ""
+    if rises.abs().max() > 20 * usual > 0:
         # A few paths (the first, mostly) matter so much that the others would not be seen.
-        linear = 10.0 ** np.round(np.log10(every.abs().median().item()))
+        linear = 10.0 ** np.round(np.log10(usual))
         axes.set_xscale("symlog", linthresh=linear)
-        axes.set_xlim(left=min(1.5 * every.min().item(), -linear / 2))
+        axes.set_xlim(left=min(1.5 * rises.min().item(), -linear / 2))
         scale = f", logarithmic beyond {linear:g}"
     axes.set_xlabel(f"rise of the validation loss without the path (nats{scale})")
     axes.set_ylabel("path, in call order")

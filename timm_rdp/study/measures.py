@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -29,16 +28,18 @@ DAMAGES = {
     "contrast": (0.6, 0.4, 0.2),
     "shift": (0.05, 0.1, 0.2),
 }
+# By the name of their score, in the order of DAMAGES.
+STRENGTHS = {f"{k}_{s + 1}": (k, x) for k, own in DAMAGES.items() for s, x in enumerate(own)}
 
 
-def calibration_error(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
+def calibration_error(logits: Tensor, targets: Tensor) -> float:
     """Expected calibration error in [0, 1], of logits (N, classes) and class indices (N,).
 
     Source: Guo et al. 2017, arXiv 1706.04599, with bins of equal width, closed above.
     """
     confidence, predicted = logits.double().softmax(1).max(1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64)
+    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64)
     gaps.index_add_(0, place, (predicted == targets).double() - confidence)
     return (gaps.abs().sum() / len(targets)).item()
 
@@ -106,6 +107,7 @@ def measure(
     data: dict[str, Any],
     remove: int | None = None,
     damaged: bool = True,
+    alone: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Measure a network on batches of normalized images and targets.
 
@@ -114,29 +116,61 @@ def measure(
         task: as --task calls it; calibration is for classification alone.
         data: timm's data config, whose mean and std the images were normalized with.
         remove: remove up to so many paths (default: all).
+        alone: paths that are also removed one at a time.
 
     Returns:
-        CALIBRATION; "score" (0..1) of the task's metric; "noise_1", ..., "shift_3": the score on
-        damaged images; "removed": {paths removed: scores, of the evenly spaced and of each drawn
-        subset}; "area_even", "area_drawn": area under that curve over the share removed
+        CALIBRATION; "loss"; "score" (0..1) of the task's metric; a score for each of STRENGTHS;
+        "removed": {paths removed: scores, of the evenly spaced and of each drawn subset};
+        "area_even", "area_drawn": area under that curve over the share removed; with `alone`
+        "importance": {path: (loss, score, rise of the loss)}
+    """
+    chosen = subsets(len(paths), len(paths) if remove is None else remove)
+    removals: dict[Any, list[Path]] = {path.name: [path] for path in alone}
+    for k, own in chosen.items():
+        own = own if k else own[:1]
+        removals |= {(k, i): [paths[j] for j in subset] for i, subset in enumerate(own)}
+    damages = STRENGTHS if damaged else {}
+    scored, logits, targets = _evaluate(model, batches, task, data, removals, damages)
+    scores = {key: own[EVALUATORS[task].default_metric] / 100 for key, own in scored.items()}
+    removed = {k: [scores[k, i if k else 0] for i in range(1 + DRAWN)] for k in chosen}
+    found: dict[str, Any] = dict.fromkeys(CALIBRATION)
+    if task == "classification":
+        found |= calibration(logits, targets)
+    loss = scored[0, 0]["loss"]
+    found |= {"loss": loss, "score": scores[0, 0], "removed": removed}
+    found |= {name: scores[name] for name in damages}
+    if len(chosen) > 1:
+        found["area_even"] = area(removed, slice(1))
+        found["area_drawn"] = area(removed, slice(1, None))
+    if alone:
+        losses = {path.name: scored[path.name]["loss"] for path in alone}
+        found["importance"] = {n: (own, scores[n], own - loss) for n, own in losses.items()}
+    return found
+
+
+def _evaluate(
+    model: nn.Module,
+    batches: Iterable,
+    task: str,
+    data: dict[str, Any],
+    removals: dict[Any, list[Path]],
+    damages: dict[str, tuple[str, float]],
+) -> tuple[dict[Any, dict[str, float]], Tensor, Tensor]:
+    """What the task's evaluator finds with each of the removals and damages, by their keys.
+
+    Returns also the logits of (0, 0), which removes nothing, and the targets.
     """
     device = next(model.parameters()).device
     mean, std = (torch.tensor(data[n], device=device).view(-1, 1, 1) for n in ("mean", "std"))
-    chosen = subsets(len(paths), len(paths) if remove is None else remove)
-    conditions = [(k, i) for k, own in chosen.items() for i in range(len(own) if k else 1)]
-    kinds = [(kind, s) for kind, strengths in DAMAGES.items() for s in range(len(strengths))]
-    scored = {key: EVALUATORS[task]() for key in (*conditions, *(kinds if damaged else ()))}
+    evaluators = {key: EVALUATORS[task]() for key in (*removals, *damages)}
     logits, targets = [], []
     for batch, (x, y) in enumerate(batches):
         x = x.to(device)
-        for key, evaluator in scored.items():
-            images, context = x, nullcontext()
-            if isinstance(key[0], str):
-                pixels = damage(x * std + mean, key[0], DAMAGES[key[0]][key[1]], batch)
-                images = (pixels - mean) / std
-            elif key[0]:
-                context = dropped(model, *(paths[i] for i in chosen[key[0]][key[1]]))
-            with context:
+        for key, evaluator in evaluators.items():
+            images = x
+            if key in damages:
+                images = (damage(x * std + mean, *damages[key], batch) - mean) / std
+            with dropped(model, *removals.get(key, ())):
                 output = model(images)
             if isinstance(output, tuple | list):  # distilled models: one output a head
                 output = torch.stack(list(output)).mean(0)
@@ -144,17 +178,8 @@ def measure(
             if key == (0, 0):
                 logits.append(output.float().cpu())
                 targets.append(y)
-    scores = {key: e.compute()[e.default_metric] / 100 for key, e in scored.items()}
-    removed = {k: [scores[k, i if k else 0] for i in range(1 + DRAWN)] for k in chosen}
-    found: dict[str, Any] = dict.fromkeys(CALIBRATION)
-    if task == "classification":
-        found |= calibration(torch.cat(logits), torch.cat(targets))
-    found |= {"score": scores[0, 0], "removed": removed}
-    found |= {f"{kind}_{s + 1}": scores[kind, s] for kind, s in kinds if damaged}
-    if len(chosen) > 1:
-        found["area_even"] = area(removed, slice(1))
-        found["area_drawn"] = area(removed, slice(1, None))
-    return found
+    computed = {key: evaluator.compute() for key, evaluator in evaluators.items()}
+    return computed, torch.cat(logits), torch.cat(targets)
 
 
 def area(removed: dict[int, list[float]], columns: slice) -> float:
@@ -168,17 +193,13 @@ def told(found: dict[str, Any]) -> list[str]:
     """What was measured, as lines of text."""
     lines = []
     if found.get("nll") is not None:
-        raw, scaled, temperature = (found[name] for name in CALIBRATION[1:])
-        lines += [
-            f"  calibration error {raw:.4f}, {scaled:.4f} at its temperature {temperature:.2f}"
-        ]
+        text = "  calibration error {1:.4f}, {2:.4f} at its temperature {3:.2f}"
+        lines.append(text.format(*(found[name] for name in CALIBRATION)))
     if "area_even" in found:
         shown = (f"{k} {s[0]:.2%}/{sum(s[1:]) / DRAWN:.2%}" for k, s in found["removed"].items())
         lines.append(f"  with paths removed, evenly spaced/drawn: {'; '.join(shown)}")
-        areas = (found["area_even"], found["area_drawn"])
-        lines.append("  area under that curve: {:.4f}/{:.4f}".format(*areas))
-    for kind in DAMAGES:
-        if f"{kind}_1" in found:
-            scores = [f"{found[f'{kind}_{s}']:.2%}" for s in (1, 2, 3)]
-            lines.append(f"  under {kind}, at three strengths: {', '.join(scores)}")
+        lines.append("  area under that curve: {area_even:.4f}/{area_drawn:.4f}".format(**found))
+    for kind in DAMAGES if "noise_1" in found else ():
+        scores = [f"{found[name]:.2%}" for name, (own, _) in STRENGTHS.items() if own == kind]
+        lines.append(f"  under {kind}, at three strengths: {', '.join(scores)}")
     return lines

@@ -1,10 +1,10 @@
-"""What the study's commands share: types of their options, and the check for the demo extra."""
+"""What the study's commands share: types of their options, and checks before any work is done."""
 
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from timm_rdp.args import number
 from timm_rdp.errors import UsageError, refused_with
@@ -26,21 +26,12 @@ def check_installed(*packages: str) -> None:
 
 
 def check_output(folder: str | Path) -> Path:
-    """The output folder, which exists or can be made; nothing is made yet.
-
-    Raises:
-        UsageError: it has no name, is a file, lies below one, or cannot be written.
-    """
-    path = Path(folder).absolute()
-    with refused_with(f"--output {str(folder) or repr('')}: cannot be written"):
+    """The output folder, which can be made and written, or else a UsageError; nothing is left."""
+    with refused_with(f"--output {str(folder) or repr('')}: cannot be written, name another"):
         if not str(folder):
-            raise ValueError("name a folder")
-        there = next(p for p in (path, *path.parents) if p.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(f"{there} is a file, not a folder")
-        for name in path.relative_to(there).parts:
-            with suppress(FileNotFoundError):
-                (there / name).stat()  # raises for names that are too long, links in a loop, ...
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"no permission in {there}; name another folder")
+            raise ValueError("it has no name")
+        path = Path(folder).absolute()
+        there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        with TemporaryDirectory(dir=there) as trial:
+            Path(trial, path.relative_to(there)).mkdir(parents=True, exist_ok=True)
     return Path(folder)

@@ -19,7 +19,7 @@ from timm_rdp.training.model import create_model, img_size_kwargs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table that the command line asks for, and return the exit status."""
+    """Run `timm-rdp paths`; returns its exit status."""
     try:
         args = _parser().parse_args(argv)
         if "drop_path_rate" in args.model_kwargs:
@@ -31,11 +31,10 @@ def main(argv: list[str] | None = None) -> int:
                 model = create_model(args.model, **kwargs)
         except UsageError:  # its constructor reads values, or else the CPU refuses it too
             model = create_model(args.model, **kwargs)
-        what, example_input = f"--model {args.model}", None
-        if size := args.img_size:
-            what += f" --img-size {size}"
+        example_input, size = None, args.img_size
+        if size:
             example_input = torch.empty(2, kwargs.get("in_chans", 3), size, size, device="meta")
-        with refused_with(what):
+        with refused_with(f"--model {args.model}" + f" --img-size {size}" * bool(size)):
             rdp = ResidualDropPath(model, example_input=example_input)
     except UsageError as error:
         return report(error)
@@ -45,23 +44,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(rdp: ResidualDropPath) -> dict[str, Any]:
-    """Count what the paths of a patched model carry, which may be on the meta device.
+    """What the paths of a patched model carry, which may be on the meta device, as JSON has it.
 
-    Returns:
-        plain values that JSON takes; "elements" counts numbers, "tensors" parameters, and "share"
-        is that of the model's elements.
+    "elements" counts numbers, "tensors" parameters, and "share" is that of the model's elements.
     """
     sizes = {name: p.numel() for name, p in rdp.model.named_parameters()}
     total = sum(sizes.values())
 
     def carried(names: Iterable[str]) -> dict[str, Any]:
-        names = sorted(names)
-        elements = sum(sizes[n] for n in names)
-        share = elements / total
-        return {"elements": elements, "tensors": len(names), "share": share, "parameters": names}
+        elements, names = sum(sizes[n] for n in names), sorted(names)
+        counts = {"elements": elements, "tensors": len(names), "share": elements / total}
+        return {**counts, "parameters": names}
 
-    found = find_regions(rdp.model, rdp._graph)
-    regions = {path: region for region, inside in found.items() for path in inside}
+    found = find_regions(rdp.model, rdp._graph).items()
+    regions = {path: region for region, inside in found for path in inside}
     together = rdp.dropped_part(p.name for p in rdp.paths)
     left, largest = set(sizes.keys() - together), []  # modules that are wholly on no path
     for prefix, module in rdp.model.named_modules(remove_duplicate=False):
@@ -69,19 +65,20 @@ def describe(rdp: ResidualDropPath) -> dict[str, Any]:
         if prefix and inside and inside <= left:
             largest.append(prefix)
             left -= inside
+    paths = [
+        {
+            "name": p.name,
+            "drop_prob": p.drop_prob,
+            "run_when_dropped": not p.entrances,
+            "region": regions.get(p.name),
+            **carried(p.parameters),
+        }
+        for p in rdp.paths
+    ]
     return {
         "elements": total,
         "tensors": len(sizes),
-        "paths": [
-            {
-                "name": p.name,
-                "drop_prob": p.drop_prob,
-                "run_when_dropped": not p.entrances,
-                "region": regions.get(p.name),
-                **carried(p.parameters),
-            }
-            for p in rdp.paths
-        ],
+        "paths": paths,
         "all_paths": carried(together),
         "not_on_any_path": carried(sizes.keys() - together),
         "non_residual": [{"name": p.name, "drop_prob": p.drop_prob} for p in rdp.non_residual],
@@ -106,17 +103,19 @@ def as_text(table: dict[str, Any]) -> str:
         for name, *cells in rows
     ]
     rule = "-" * len(heading)
-    title = (
+    compiled = "torch.compile compiles the model as a whole: then all paths are computed and cut."
+    if inside := [p["region"] for p in paths if p["region"]]:
+        compiled = f"torch.compile compiles {len(inside)} of {len(paths)} paths by regions "
+        compiled += f"({inside[0]}, ...): when dropped, these are not run."
+    lines = [
         f"{table['model']} at drop path rate {table['drop_path']:g}: {len(paths)} residual paths, "
-        f"{table['elements']:,} parameters in {table['tensors']} tensors"
-    )
-    lines = [title, "", heading, rule, *body, rule, totals, ""]
-    lines += [
+        f"{table['elements']:,} parameters in {table['tensors']} tensors",
+        *("", heading, rule, *body, rule, totals, ""),
         f"Dropped per cycle: {table['mean_dropped_per_cycle']:.2f} paths on average, none in "
         f"{table['cycles_without_a_drop']:.1%} of the cycles (these have no complement iteration).",
         f"When dropped, {sum(not p['run_when_dropped'] for p in paths)} of {len(paths)} paths are "
         "not run; the others are computed and cut.",
-        _how_compiled(paths),
+        compiled,
         "",
         f"On no path, trained in droppath iterations only: {rest['elements']:,} parameters in "
         f"{rest['tensors']} tensors ({rest['share']:.2%} of the model):",
@@ -131,16 +130,6 @@ def as_text(table: dict[str, Any]) -> str:
             *_wrapped(f"{p['name']} ({p['drop_prob']:.4f})" for p in table["non_residual"]),
         ]
     return "\n".join(lines)
-
-
-def _how_compiled(paths: list[dict[str, Any]]) -> str:
-    inside = [p["region"] for p in paths if p["region"]]
-    if not inside:
-        return "torch.compile compiles the model as a whole: then all paths are computed and cut."
-    return (
-        f"torch.compile compiles {len(inside)} of {len(paths)} paths by regions "
-        f"({inside[0]}, ...): when dropped, these are not run."
-    )
 
 
 def _parser() -> Parser:

@@ -31,14 +31,8 @@ def convolution_backward_flops(
 
     Torch's own formula (2.15) counts the gradient of the weight `groups` times over, which makes a
     depthwise model's backward look several times as large as it is.
-
-    Args:
-        grad_out_shape, x_shape: (B, C, ...).
-        w_shape: (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
-        rest: the operator's other arguments; the last says which of the gradients of input, weight
-            and bias are asked for, and that of the bias counts as nothing.
     """
-    *_, transposed, _, _, output_mask = rest
+    *_, transposed, _, _, output_mask = rest  # asked for: gradients of input, weight, bias
     forward = conv_flop_count(x_shape, w_shape, grad_out_shape, transposed=transposed)
     return sum(output_mask[:2]) * forward
 
@@ -60,13 +54,9 @@ def flop_counter() -> FlopCounterMode:
 
 
 def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
-    """The model of a run without its weights, on torch's meta device.
+    """A run's model without weights, in train mode on the meta device; data config, batches.
 
-    Returns:
-        the model in train mode, timm's data config, the images of an epoch / --batch-size
-
-    Raises:
-        UsageError: model or data do not fit the options.
+    The batches of an epoch are its images / --batch-size.
     """
     own = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
     own |= {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
@@ -89,23 +79,17 @@ def count_costs(
 ) -> dict[str, Any]:
     """What the kinds of update of a model from `build_on_meta` cost.
 
-    Args:
-        random: count iterations of rdp-random too.
-
     Returns:
         "update", "droppath", "complement": FLOPs per image at the model's input size, forward and
             backward, of timm's own update and of the mean iteration of each phase (over the first
             cycles of seed 0), without a teacher's; None where they cannot be counted without data
         "random": with `random`, as "complement", of second iterations that train a random part
         "complements": complement iterations per cycle, as expected over masks
-
-    Raises:
-        UsageError: no path can be dropped.
     """
     costs: dict[str, Any] = {"update": None}
-    kinds = {COMPLEMENT: ResidualDropPath, **({"random": RandomSecond} if random else {})}
-    example, in_regions = None, {}
+    example, kinds, in_regions = None, {}, {}
     if args.drop_path:
+        kinds = {COMPLEMENT: ResidualDropPath, **({"random": RandomSecond} if random else {})}
         with refused_with(f"--model {args.model}"):
             example = example_input(args, data_config["input_size"], model)
             rdp = ResidualDropPath(model, example_input=example)
@@ -122,9 +106,9 @@ def count_costs(
     try:
         update = _flops(model, images)
         known: dict[tuple, int] = {}
-        counts: dict[str, list[int]] = {name: [] for name in (DROPPATH, *kinds)}
+        counts: dict[str, list[int]] = {name: [] for name in (DROPPATH, *kinds) if kinds}
         task = "counting what an update costs"
-        for second, kind in kinds.items() if args.drop_path else ():
+        for second, kind in kinds.items():
             rdp = kind(model, example_input=example)
             for _ in tqdm(range(FLOP_CYCLES), task, leave=False, disable=None):
                 for it in rdp.cycle():
@@ -135,11 +119,11 @@ def count_costs(
             rdp.detach()
     except Exception:  # whatever a model raises that asks for the values of its input
         return costs
-    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items() if args.drop_path}
+    phases = {phase: fmean(own or [0.0]) for phase, own in counts.items()}
     if args.torchcompile and not in_regions:  # it computes everything and discards what is frozen
         phases = dict.fromkeys(phases, update)
-    counted = {"update": update, **phases}
-    return costs | {name: flops / args.batch_size for name, flops in counted.items()}
+    counted = {"update": update, **phases}.items()
+    return costs | {name: flops / args.batch_size for name, flops in counted}
 
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from timm_rdp.training.dataset import check_data
 from timm_rdp.training.flags import build_parser as build_training_parser
 from timm_rdp.training.flags import flag
 from timm_rdp.training.model import eval_metric
-from timm_rdp.training.options import parse_args, read_config
+from timm_rdp.training.options import parse_args, read_config, typed_flags
 from timm_rdp.training.saver import write_atomically
 
 GRID = "grid.json"
@@ -42,16 +43,10 @@ FREE = (
 )
 
 
-def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.Namespace, float]:
-    """The training options in `rest` that all runs share, and their drop rate (0.1 without one).
-
-    Raises:
-        UsageError: an option is wrong, or is one that compare sets itself.
-    """
+def read_recipe(rest: list[str], variants: Sequence[str]) -> tuple[argparse.Namespace, float]:
+    """The training options in `rest` that all runs share, and their drop rate (0.1 without one)."""
     parser = build_training_parser()
-    absent = object()
-    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), absent))
-    typed = {k: v for k, v in vars(parser.parse_args(rest, nothing)).items() if v is not absent}
+    typed = typed_flags(parser, rest)
     for name, instead in SET_HERE.items():
         if name in typed:
             raise UsageError(f"{flag(name)} differs from run to run: give {instead}")
@@ -70,33 +65,23 @@ def read_recipe(rest: Sequence[str], variants: Sequence[str]) -> tuple[argparse.
 
 def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of the options that all runs share, as recipe.yaml holds them."""
-    flags = vars(build_training_parser().parse_args([])).keys()
     own = {"config", "data", "output", *SET_HERE, *FOR_RDP}
-    shared = {k: v for k, v in vars(options).items() if k in flags and k not in own}
-    if options.demo:
-        shared["data_dir"] = None  # wherever it is on this machine
-    return shared
+    flags = vars(build_training_parser().parse_args([])).keys() - own
+    demo = {"data_dir": None} if options.demo else {}  # wherever it is on this machine
+    return {k: v for k, v in vars(options).items() if k in flags} | demo
 
 
 def read_grid(output: Path) -> dict[str, Any] | None:
-    """What grid.json in a folder says; None where there is none.
-
-    Raises:
-        UsageError: it lacks something that is read later.
-    """
+    """What grid.json in a folder says, with all that is read later; None where there is none."""
     if not (output / GRID).exists():
         return None
     with refused_with(f"{output / GRID} cannot be used, name another folder"):
         grid = json.loads((output / GRID).read_text())
-        for name in ("model", "data_dir", "dataset", *FOR_RDP):
-            grid["options"][name]
+        itemgetter("model", "data_dir", "dataset", *FOR_RDP)(grid["options"])
+        itemgetter("versions", "matched_epochs")(grid)
         metric_of(grid)
-        runs.cells_of(grid["runs"])
-        for name in ("versions", "matched_epochs"):
-            grid[name].keys()
-        for key in grid["costs"]:
-            rate = None if key == "plain" else float(key)
-            flops_of_epochs(grid, "rdp" if rate else "plain", rate, 1)
+        for cell in runs.cells_of(grid["runs"]):
+            flops_of_epochs(grid, cell.variant, cell.drop_path, 1)
     return grid
 
 
@@ -112,12 +97,9 @@ def write_grid(output: Path, grid: dict[str, Any], options: argparse.Namespace) 
 
 
 def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The grid that the output folder holds, or a new one.
+    """The grid that the output folder holds, or a new one; the folder may hold nothing else.
 
     Tells where it was begun with another version of torch or timm.
-
-    Raises:
-        UsageError: the folder holds another grid, or results of something else.
     """
     grid = read_grid(output)
     kept = {k: v for k, v in shared_options(options).items() if k not in FREE}
@@ -125,18 +107,19 @@ def same_grid(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     own = json.loads(json.dumps(kept, sort_keys=True, default=str))
     versions = {"timm": timm.__version__, "torch": str(torch.__version__)}
     if grid is None:
-        there = [name for name in ("runs", *OUTPUTS) if (output / name).exists()]
-        if there:
-            raise UsageError(
-                f"--output {output}: holds {there[0]} of something else; name another folder"
-            )
+        for name in ("runs", *OUTPUTS):
+            if (output / name).exists():
+                raise UsageError(
+                    f"--output {output}: holds {name} of something else; name another folder"
+                )
         empty: dict[str, Any] = {name: {} for name in ("data", "costs", "matched_epochs")}
         return {"options": own, "versions": versions, **empty, "runs": []}
     for name in sorted(grid["options"].keys() | own.keys()):
         a, b = grid["options"].get(name), own.get(name)
-        if name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b):
-            continue
-        if a != b:
+        is_same_folder = (
+            name == "data_dir" and a and b and os.path.realpath(a) == os.path.realpath(b)
+        )
+        if a != b and not is_same_folder:
             raise UsageError(
                 f"--output {output}: holds another grid ({flag(name)} {a} there, {b} here); "
                 "name another folder"
@@ -153,12 +136,7 @@ def check_runs(
     rates: Sequence[float],
     grid: dict[str, Any],
 ) -> None:
-    """Check what will run, and settle in the grid what it costs and how long MATCHED takes.
-
-    Raises:
-        UsageError: it cannot be run, a model has no paths at its rate, or FLOPs are needed and
-            cannot be counted.
-    """
+    """Check what will run, and settle in the grid what it costs and how long MATCHED takes."""
     if options.val_split == "":
         raise UsageError("--val-split '': accuracy is compared on the validation split; name one")
     if options.epochs < 1:
@@ -189,14 +167,6 @@ def check_runs(
                     "without data; leave it out"
                 )
             grid["matched_epochs"][str(rate)] = cost.matched_epochs(options, rdp / usual)
-
-
-def check_measurable(options: argparse.Namespace) -> None:
-    """Raises UsageError where the validation images of a data set cannot be chosen one by one."""
-    stream = options.dataset.lower().startswith(("tfds/", "wds/", "hfids/"))
-    if stream or options.naflex_loader:
-        what = f"--dataset {options.dataset}" if stream else "--naflex-loader"
-        raise UsageError(f"--measure reads images one by one: cannot be combined with {what}")
 
 
 def flops_of_epochs(

@@ -10,21 +10,15 @@ from pathlib import Path
 
 from timm.utils.distributed import is_distributed_env
 
-from timm_rdp.args import Parser, number, show_defaults
+from timm_rdp.args import Parser, show_defaults
 from timm_rdp.errors import TrainingError, UsageError, refused_with, report
 from timm_rdp.study.compare import grid as grids
 from timm_rdp.study.compare import measured, runs
 from timm_rdp.study.compare.report import write_report
 from timm_rdp.study.compare.results import read_results
-from timm_rdp.study.features.models import MIN_IMAGES
-from timm_rdp.study.options import at_least, check_installed, check_output
+from timm_rdp.study.features.models import MIN_IMAGES, check_chosen
+from timm_rdp.study.options import RATE, at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED, flag
-
-DROP_RATE = number(
-    float,
-    "above 0 and below 1; for runs without drop path add plain to --variants",
-    lambda value: 0 < value < 1,
-)
 
 
 def build_parser() -> Parser:
@@ -44,8 +38,8 @@ def build_parser() -> Parser:
         help=f"of {', '.join(runs.VARIANTS)} (default: droppath rdp)")
     add("--seeds", type=COUNT, default=5, help="seeds per variant and drop rate")
     add("--first-seed", type=SEED, default=0, help="the first of them (default: 0)")
-    add("--drop-paths", type=DROP_RATE, nargs="+", metavar="RATE",
-        help="drop rates (default: the recipe's, else 0.1)")
+    add("--drop-paths", type=RATE, nargs="+", metavar="RATE",
+        help="drop rates (default: the recipe's, else 0.1); without: plain of --variants")
     add("--jobs", type=COUNT, default=1, help="runs at a time")
     add("--measure", type=at_least(MIN_IMAGES), metavar="N",
         help="measure the runs on N validation images: calibration, accuracy with paths removed "
@@ -62,9 +56,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp compare`.
 
-    Returns:
-        exit status: 0, 1 where runs failed, 2 for options that cannot be used, 128 + N where
-        signal N stopped it
+    The exit status is 1 where runs failed, 2 for options that cannot be used, 128 + N where signal
+    N stopped it, else 0.
     """
     parser = build_parser()
     try:
@@ -72,8 +65,6 @@ def main(argv: list[str] | None = None) -> int:
         check_installed("matplotlib", "scipy")
         if args.report is None:
             return compare(args, rest)
-        if not args.report:
-            raise UsageError("--report '': name the folder of a comparison")
         changed = [k for k, v in vars(args).items() if v != parser.get_default(k)]
         extra = [flag(name) for name in changed if name not in ("report", "pick")] + rest
         if extra:
@@ -87,12 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, rest: list[str]) -> int:
-    """Check everything, do the runs that are missing, write the report.
-
-    Raises:
-        UsageError: something cannot be followed; nothing was written.
-        TrainingError: runs failed, or the disk is full.
-    """
+    """Check everything, do the runs that are missing, write the report."""
     if is_distributed_env():
         raise UsageError("started by torchrun or the like: each run is one process; start it plain")
     for name in ("variants", "drop_paths"):
@@ -102,7 +88,7 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
     if args.measure:
-        grids.check_measurable(options)
+        check_chosen(options)
     output = check_output(args.output)
     grid = grids.same_grid(output, options)
     grids.check_runs(options, args.variants, rates, grid)
@@ -117,8 +103,7 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         cells += [runs.Cell(v, r, seed) for r in rates for v in args.variants if v != "plain"]
     grid["runs"] = sorted({cell.name for cell in cells}.union(grid["runs"]))
 
-    with refused_with(f"--output {output} cannot be made, name another folder"):
-        (output / "runs").mkdir(parents=True, exist_ok=True)
+    (output / "runs").mkdir(parents=True, exist_ok=True)
     with locked(output) as lock:
         grids.write_grid(output, grid, options)
         trainings = [runs.training_of(cell, output, options, grid) for cell in cells]
@@ -126,17 +111,15 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
         skipped = ended if args.retry else (*ended, runs.FAILED)
         missing = [t for t in trainings if runs.read_record(t.folder)["status"] not in skipped]
         stop = runs.train_all(missing, runs.slot_environments(args.jobs, options.device), lock)
+        status = {t.folder: runs.read_record(t.folder)["status"] for t in trainings}
         if args.measure and not stop:
-            records = {t.folder: runs.read_record(t.folder) for t in trainings}
-            done = [folder for folder, own in records.items() if own["status"] == runs.DONE]
+            done = [folder for folder, own in status.items() if own == runs.DONE]
             measured.measure_runs(done, args.measure, options.device)
     print(write_report(output, args.pick))
     if stop:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stop
-    folders = [training.folder for training in trainings]
-    left = [f for f in folders if runs.read_record(f)["status"] not in ended]
-    if left:
+    if left := [folder for folder, own in status.items() if own not in ended]:
         raise TrainingError(
             f"{len(left)} of {len(cells)} runs failed or did not finish, the first one is "
             f"{left[0].name} (see {left[0]}.log); the same command goes on, --retry also with "

@@ -16,6 +16,7 @@ from timm_rdp import ResidualDropPath
 from timm_rdp.errors import refused_with
 from timm_rdp.study import measures
 from timm_rdp.study.compare.cost import build_on_meta, flop_counter
+from timm_rdp.study.compare.runs import NEVER
 from timm_rdp.study.features import models
 from timm_rdp.training.dataset import make_dataset
 from timm_rdp.training.flags import build_parser
@@ -23,33 +24,21 @@ from timm_rdp.training.model import example_input
 from timm_rdp.training.saver import write_atomically
 
 AREAS = ("area_even", "area_drawn")
-# The columns of runs.csv, and those that table.csv has the means of.
-DAMAGED = tuple(
-    f"{kind}_{s + 1}" for kind, own in measures.DAMAGES.items() for s in range(len(own))
-)
-NAMES = (*measures.CALIBRATION, *AREAS, *DAMAGED)
+NAMES = (*measures.CALIBRATION, *AREAS, *measures.STRENGTHS)  # as runs.csv and table.csv have them
 _BATCH = 8  # images; FLOPs are counted for as many more
 
 
 def measure_runs(folders: Sequence[Path], count: int, device: str) -> None:
-    """Measure runs on so many of their validation images, those that have not been so far.
-
-    Raises:
-        UsageError: a checkpoint, or what was measured before, is damaged.
-    """
+    """Measure runs on so many of their validation images, those that have not been so far."""
     missing = [folder for folder in folders if not read_measures(folder, count)]
     for folder in tqdm(missing, "measuring", unit="run", leave=False, disable=None):
         found = {"asked": count, **_measure_run(folder, count, device)}
         write_atomically(str(_file(folder)), (json.dumps(found, indent=2) + "\n").encode())
 
 
-def read_measures(folder: Path, count: int | None) -> dict[str, Any]:
-    """What was measured of a run on so many images (see measures.measure); {} where nothing was.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    if count is None or not _file(folder).exists():
+def read_measures(folder: Path, count: int) -> dict[str, Any]:
+    """What was measured of a run on so many images (see measures.measure); {} where nothing was."""
+    if not _file(folder).exists():
         return {}
     with refused_with(f"{_file(folder)} is damaged, delete it"):
         found = json.loads(_file(folder).read_text())
@@ -79,19 +68,16 @@ def _measure_run(folder: Path, count: int, device: str) -> dict[str, Any]:
 def inference_flops(args: argparse.Namespace) -> dict[str, list[float]] | None:
     """FLOPs of an image's inference by number of removed paths, for measures.COLUMNS.
 
-    Returns:
-        None where they cannot be counted without data, or a path cannot be removed by itself
+    None where they cannot be counted without data, or a path cannot be removed by itself.
     """
     args = argparse.Namespace(**{**vars(args), "drop_path": 0.1})
     model, data_config, _ = build_on_meta(args)
-    if args.naflex_loader:
-        return None
     size = data_config["input_size"]
     paths = models.find_paths(args.model, model, size)
     if any(path.call for path in paths):
         return None
     example = example_input(args, size, model.train())
-    rdp = ResidualDropPath(model, every=10**9, example_input=example)
+    rdp = ResidualDropPath(model, every=NEVER, example_input=example)
     dtype = next(model.parameters()).dtype
 
     def flops(removed: list[int]) -> float:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +16,7 @@ from timm_rdp.study.compare.grid import OUTPUTS, metric_of, read_grid
 from timm_rdp.study.compare.measured import AREAS, read_measures
 from timm_rdp.study.compare.results import COMPARED, REFERENCES, Row, missing, signed
 from timm_rdp.study.compare.runs import MATCHED, VARIANTS, cells_of
-from timm_rdp.study.measures import CALIBRATION, COLUMNS, DAMAGES
+from timm_rdp.study.measures import CALIBRATION, COLUMNS, DAMAGES, STRENGTHS
 from timm_rdp.training.model import EVALUATORS
 from timm_rdp.training.saver import write_atomically
 
@@ -28,23 +28,26 @@ MEASURED = (
     "spaced or drawn (four subsets, the same for all variants; removal.csv, removal.png). Under "
     "noise, blur, contrast and shift: the score in per cent, mean of three strengths."
 )
-_TONES = (5, 1, 2, 3, 0, 4, 1, 3, 4, 2)  # of VARIANTS
+COMPUTE = {
+    "relative_flops": "FLOPs of the run, droppath = 1",
+    **{"flops": "FLOPs of the run", "epochs": "epochs"},
+}
+_TONES = (5, 1, 2, 3, 0, 4, 1, 3, 4, 2)
+LOOKS: dict[str, dict[str, Any]] = {
+    variant: {"color": figures.TONES[tone], "marker": marker}
+    for variant, tone, marker in zip(VARIANTS, _TONES, figures.MARKERS, strict=True)
+}
 
 
 def write_report(output: Path, pick: str = "last") -> str:
-    """Write the four outputs from what a folder holds, finished or not, and return what it says.
-
-    Raises:
-        UsageError: there is no comparison.
-    """
+    """Write the four outputs from what a folder holds, finished or not, and return what it says."""
     grid = read_grid(output)
     if grid is None:
         raise UsageError(f"--report {output}: holds no comparison (no grid.json); check the folder")
     of_runs, metric = results.read_results(output, grid, pick), metric_of(grid)
     rows = results.tabulate(of_runs, metric)
-    said = results.sentences(rows, metric)
-    if not said:
-        said = ["There are no runs of droppath to compare with: add droppath to --variants."]
+    nothing = ["There are no runs of droppath to compare with: add droppath to --variants."]
+    said = results.sentences(rows, metric) or nothing
     left_out = {}  # plain is in the rows of every rate
     for row in filter(missing, rows):
         at = "" if row["variant"] == "plain" else f" at {row['drop_path']:g}"
@@ -86,7 +89,7 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
         heading += [f"minus {reference}", "p", "corrected"]
     heading += ["median time, s", "FLOPs", "relative"]
     for rate, of_rate in groupby(rows, itemgetter("drop_path")):
-        lines += ["", f"## Drop path {rate:g}", "", _line(heading), _line(["---"] * len(heading))]
+        table = [heading]
         for row in of_rate:
             seeds = ", ".join(filter(None, (str(row["seeds"]), missing(row))))
             cells = [row["variant"], _text(row["epochs"], "d"), seeds]
@@ -99,39 +102,40 @@ def _table_md(rows: Sequence[Row], grid: dict[str, Any]) -> list[str]:
                 cells += [f"{difference} {_interval(n, low, high, signed)}{paired}".strip()]
                 cells += ["" if x is None else results.p_text(x)[2:].strip("= ") for x in p]
             ends = (("seconds", ".1f"), ("flops", ".3g"), ("relative_flops", ".2f"))
-            cells += [_text(row[name], form) for name, form in ends]
-            lines.append(_line(cells))
-    if any(row.get("area_even") is not None for row in rows):
-        lines += _measures_md(rows)
+            table.append([*cells, *(_text(row[name], form) for name, form in ends)])
+        lines += _section(f"Drop path {rate:g}", table)
+    if measured := [row for row in rows if row.get("area_even") is not None]:
+        kinds = {kind: [n for n, (own, _) in STRENGTHS.items() if own == kind] for kind in DAMAGES}
+        heading = ["drop path", "variant", "NLL", "ECE", "ECE scaled", "area, even", "area, drawn"]
+        table = [[*heading, *(f"under {kind}" for kind in kinds)]]
+        for row in measured:
+            cells = [_text(row[name], ".4f") for name in (*CALIBRATION[:3], *AREAS)]
+            cells += [f"{100 * fmean(row[name] for name in own):.2f}" for own in kinds.values()]
+            table.append([f"{row['drop_path']:g}", row["variant"], *cells])
+        lines += _section("Measures", table)
     return [*lines, ""]
 
 
-def _measures_md(rows: Sequence[Row]) -> list[str]:
-    kinds = {f"under {k}": [f"{k}_{s + 1}" for s in range(len(v))] for k, v in DAMAGES.items()}
-    heading = ["drop path", "variant", "NLL", "ECE", "ECE scaled", "area, even", "area, drawn"]
-    lines = ["", "## Measures", "", _line([*heading, *kinds])]
-    lines.append(_line(["---"] * (len(heading) + len(kinds))))
-    for row in rows:
-        if row["area_even"] is not None:
-            cells = [_text(row[name], ".4f") for name in (*CALIBRATION[:3], *AREAS)]
-            cells += [f"{100 * fmean(row[name] for name in own):.2f}" for own in kinds.values()]
-            lines.append(_line([f"{row['drop_path']:g}", row["variant"], *cells]))
-    return lines
+def _section(title: str, table: list[list[str]]) -> list[str]:
+    """A heading and a table, whose first row is its head."""
+    head, *rows = (f"| {' | '.join(cells)} |" for cells in table)
+    return ["", f"## {title}", "", head, f"|{' --- |' * len(table[0])}", *rows]
 
 
 def write_removal(output: Path, grid: dict[str, Any]) -> None:
     """removal.csv and removal.png: the score with paths removed, a line a variant."""
     flops, rows, curves = grid.get("inference"), [], {}
     for cell in cells_of(grid["runs"]):
-        folder = output / "runs" / cell.name
-        for k, scores in read_measures(folder, grid["measure"]).get("removed", {}).items():
-            costs = flops[str(k)] if flops else None
-            cost = [k] if costs is None else costs[1:] if k else costs[:1]
-            of_cell = curves.setdefault((cell.drop_path or 0.0, cell.variant), {})
-            of_cell.setdefault(fmean(cost), []).append(fmean(scores[1:]))
-            rows.append(
-                (cell.variant, cell.drop_path or 0.0, cell.seed, k, *(costs or ()), *scores)
-            )
+        rate, found = (
+            cell.drop_path or 0.0,
+            read_measures(output / "runs" / cell.name, grid["measure"]),
+        )
+        for k, scores in found.get("removed", {}).items():
+            costs = flops[str(k)] if flops else ()
+            cost = fmean(costs[1:] if k else costs[:1]) if flops else k
+            of_cell = curves.setdefault((rate, cell.variant), {})
+            of_cell.setdefault(cost, []).append(fmean(scores[1:]))
+            rows.append((cell.variant, rate, cell.seed, k, *costs, *scores))
     header = ("variant", "drop_path", "seed", "paths_removed")
     header = (*header, *(f"flops_{c}" for c in COLUMNS if flops), *COLUMNS)
     rates = sorted({rate for rate, _ in curves if rate}) or [0.0]
@@ -141,10 +145,9 @@ def write_removal(output: Path, grid: dict[str, Any]) -> None:
     for rate, axes in zip(rates, panels, strict=True):
         for (own, variant), curve in curves.items():
             if own in (rate, 0.0):
-                index = VARIANTS.index(variant)
-                look = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
                 means = [(x, 100 * fmean(scores)) for x, scores in sorted(curve.items())]
-                handles[variant] = axes.plot(*zip(*means, strict=True), markersize=4, **look)[0]
+                look = dict(markersize=4, **LOOKS[variant])
+                handles[variant] = axes.plot(*zip(*means, strict=True), **look)[0]
         axes.set_title(f"drop path {rate:g}", fontsize=9)
         axes.set_xlabel("FLOPs of an image's inference" if flops else "paths removed")
         axes.grid(alpha=0.3)
@@ -158,10 +161,6 @@ def write_removal(output: Path, grid: dict[str, Any]) -> None:
 def titled(metric: str) -> tuple[str, str]:
     """A metric's name in text, and " (%)" where it is a percentage."""
     return {"top1": "top-1", "top5": "top-5"}.get(metric, metric), " (%)" * (metric != "loss")
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _text(value: float | None, form: str) -> str:
@@ -217,11 +216,8 @@ def draw(rows: Sequence[Row], model: str, metric: str, pick: str) -> "figures.Fi
     figure = figures.new_figure(height=3.3 * lines + 0.9, width=width)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     drawn = [row for row in rows if row["seeds"]]
-    measure, label = "epochs", "epochs"  # what stands for compute, as far as it is known of all
-    if all(row["flops"] is not None for row in drawn):
-        measure, label = "flops", "FLOPs of the run"
-    if all(row["relative_flops"] is not None for row in drawn):
-        measure, label = "relative_flops", "FLOPs of the run, droppath = 1"
+    # What stands for compute, as far as it is known of all.
+    measure = next(name for name in COMPUTE if all(row[name] is not None for row in drawn))
     handles: dict[str, Any] = {}
     for (rate, of_rate), axes in zip(table.items(), panels, strict=False):
         # The mean stands beside its dots, a few points to the right.
@@ -232,8 +228,7 @@ def draw(rows: Sequence[Row], model: str, metric: str, pick: str) -> "figures.Fi
         for i, row in enumerate(shown):
             while any(abs(places[i] - other) < 0.99 * near for other in places[:i]):
                 places[i] += near  # side by side where variants cost the same
-            index = VARIANTS.index(row["variant"])
-            style = dict(color=figures.TONES[_TONES[index]], marker=figures.MARKERS[index])
+            style = LOOKS[row["variant"]]
             dots: dict[str, Any] = dict(linestyle="", alpha=0.5, markersize=4.5, markeredgewidth=0)
             scores = list(row["scores"].values())
             axes.plot([places[i]] * len(scores), scores, **dots, **style)
@@ -243,7 +238,7 @@ def draw(rows: Sequence[Row], model: str, metric: str, pick: str) -> "figures.Fi
         text = "\n".join(f"{row['variant']}: {missing(row)}" for row in of_rate if missing(row))
         axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=7)
         axes.set_title(f"drop path {rate:g}", fontsize=9)
-        axes.set_xlabel(label)
+        axes.set_xlabel(COMPUTE[measure])
         axes.grid(alpha=0.3)
         axes.margins(x=0.08)
     for axes in panels[len(table) :]:
@@ -265,10 +260,9 @@ def _limit_height(axes: "figures.Axes", rows: Sequence[Row]) -> bool:
     scores = [score for row in rows for score in row["scores"].values()]
     if not scores:
         return False
-    edges = [row[e] for row in rows for e in ("low", "high") if row[e] is not None]
-    span = max(scores) - min(scores) or 1.0
-    low = max(min(scores + edges), min(scores) - 1.5 * span)
-    high = min(max(scores + edges), max(scores) + 1.5 * span)
+    edges = scores + [row[e] for row in rows for e in ("low", "high") if row[e] is not None]
+    span = 1.5 * (max(scores) - min(scores) or 1.0)
+    low, high = max(min(edges), min(scores) - span), min(max(edges), max(scores) + span)
     margin = 0.06 * (high - low or 1.0)
     axes.set_ylim(low - margin, high + margin)
-    return any(not low <= edge <= high for edge in edges)
+    return min(edges) < low or max(edges) > high

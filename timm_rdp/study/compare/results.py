@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from timm_rdp.study.compare.measured import NAMES, read_measures
 
 REFERENCES = ("droppath", "droppath-matched")
 LEVEL = 0.05
+LEFT_OUT = (runs.DIVERGED, runs.FAILED, "unfinished")  # of the mean
 # What compares a variant with a reference, over the seeds that are done in both: variant minus
 # reference, paired by seed; p_corrected is after Holm's correction over the table.
 COMPARED = ("pairs", "difference", "sd", "low", "high", "p", "p_corrected")
@@ -26,35 +27,33 @@ Row = dict[str, Any]
 
 
 def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
-    """What every run that was asked for came to by its "last" or its "best" epoch.
-
-    Raises:
-        UsageError: what there is of one is damaged.
-    """
+    """What every run that was asked for came to by its "last" or its "best" epoch."""
     metric = metric_of(grid)
-    columns = dict.fromkeys((f"eval_{metric}", "eval_loss", "train_loss"))
-    names = {c: metric if c == f"eval_{metric}" else c for c in columns}
+    losses = [name for name in ("eval_loss", "train_loss") if name != f"eval_{metric}"]
+    columns = {metric: f"eval_{metric}"} | dict(zip(losses, losses, strict=True))
     results = []
     for cell in runs.cells_of(grid["runs"]):
         folder = output / "runs" / cell.name
         record = runs.read_record(folder)
-        measured = dict.fromkeys(names.values())
+        measured = dict.fromkeys(columns)
         if record["status"] == runs.DONE:
-            _, rows = runs.read_summary(folder)
+            rows = runs.read_summary(folder)
             with runs.damage_named(folder):
-                best = max(rows, key=lambda row: merit(float(row[f"eval_{metric}"]), metric))
+                if len(rows) != record["epochs"]:
+                    raise ValueError(f"{len(rows)} of {record['epochs']} epochs")
+                best = max(rows, key=lambda row: merit(float(row[columns[metric]]), metric))
                 row = best if pick == "best" else rows[-1]
-                measured = {name: float(row[column]) for column, name in names.items()}
+                measured = {name: float(row[column]) for name, column in columns.items()}
                 if not all(map(math.isfinite, measured.values())):
                     raise ValueError(f"not finite: {row}")
         if grid.get("measure"):
             found = read_measures(folder, grid["measure"])
             measured |= {name: found.get(name) for name in NAMES}
         flops = flops_of_epochs(grid, cell.variant, cell.drop_path, record["epochs"])
-        found = record | measured | {"flops": flops}
         place = {"variant": cell.variant, "drop_path": cell.drop_path or 0.0, "seed": cell.seed}
-        shown = ("status", "epochs", *measured, "seconds", "flops", "error")
-        results.append(place | {name: found[name] for name in shown})
+        ends = {"seconds": record["seconds"], "flops": flops, "error": record["error"]}
+        begin = {name: record[name] for name in ("status", "epochs")}
+        results.append({**place, **begin, **measured, **ends})
     return results
 
 
@@ -99,20 +98,20 @@ def _summary(results: Sequence[Result], metric: str) -> dict[str, Any]:
     done = [r for r in results if r["status"] == runs.DONE]
     scores = {r["seed"]: r[metric] for r in done}
     ended = Counter(r["status"] for r in results)
-    counts = {status: ended[status] for status in (runs.DIVERGED, runs.FAILED)}
+    counts = {status: ended[status] for status in LEFT_OUT[:2]}
     counts["unfinished"] = len(results) - len(done) - sum(counts.values())
     n, mean, sd, low, high = mean_of(list(scores.values()))
-    seconds = [r["seconds"] for r in done if r["seconds"] is not None]
-    measured = {}
-    for name in NAMES if NAMES[0] in results[0] else ():
+
+    def over_runs(how: Callable[[list], float], name: str) -> float | None:
         values = [r[name] for r in done if r[name] is not None]
-        measured[name] = statistics.fmean(values) if values else None
+        return how(values) if values else None
+
     return {
         **{"epochs": done[0]["epochs"] if done else None, "seeds": n, **counts},
         **{"mean": mean, "sd": sd, "low": low, "high": high, "scores": scores},
-        "seconds": statistics.median(seconds) if seconds else None,
+        "seconds": over_runs(statistics.median, "seconds"),
         "flops": done[0]["flops"] if done else None,
-        **measured,
+        **{name: over_runs(statistics.fmean, name) for name in NAMES if name in results[0]},
     }
 
 
@@ -134,15 +133,14 @@ def mean_of(values: Sequence[float]) -> tuple[int, Any, Any, Any, Any]:
 def paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p of the paired t test, from the differences of the pairs.
 
-    Returns:
-        1 where there are no differences; None for fewer than two pairs, and where all pairs differ
-        by the same amount, which a t test takes for certainty
+    It is 1 where there are no differences, and None for fewer than two pairs and where all pairs
+    differ by the same amount, which a t test takes for certainty.
     """
-    if len(differences) < 2:
-        return None
     unequal = {round(difference, 9) for difference in differences}
-    if len(unequal) == 1:
-        return None if unequal.pop() else 1.0
+    if len(differences) > 1 and unequal == {0}:
+        return 1.0
+    if len(unequal) < 2:
+        return None
     from scipy.stats import ttest_1samp
 
     test: Any = ttest_1samp(differences, 0)
@@ -152,12 +150,9 @@ def paired_p(differences: Sequence[float]) -> float | None:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction; None, where there was no test, stays None and does not count."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(tested):
-        largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        corrected[i] = largest
-    return corrected
+    scaled = [min(1.0, (len(tested) - rank) * p) for rank, (p, _) in enumerate(tested)]
+    corrected = {i: max(scaled[: rank + 1]) for rank, (_, i) in enumerate(tested)}
+    return [corrected.get(i) for i in range(len(p_values))]
 
 
 def sentences(rows: Sequence[Row], metric: str) -> list[str]:
@@ -188,8 +183,7 @@ def _sentence(row: Row, reference: str, metric: str) -> str:
 
 def missing(row: Row) -> str:
     """The runs that are not in the mean, as text; '' where there are none."""
-    kinds = (runs.DIVERGED, runs.FAILED, "unfinished")
-    return ", ".join(f"{row[kind]} {kind}" for kind in kinds if row[kind])
+    return ", ".join(f"{row[kind]} {kind}" for kind in LEFT_OUT if row[kind])
 
 
 def signed(value: float) -> str:

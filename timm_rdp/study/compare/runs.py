@@ -24,16 +24,21 @@ from timm_rdp.errors import refused_with
 from timm_rdp.study.compare.cost import total_epochs
 from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
+from timm_rdp.training.resume import SIGNALS
 from timm_rdp.training.saver import write_atomically
 
 VARIANTS = (
     *("plain", "droppath", "droppath-batch", "droppath-matched", "rdp", "rdp-next"),
     *("rdp-random", "rdp-unfrozen", "droppath-early", "droppath-late"),
 )
+NEVER = 1_000_000_000  # droppath iterations until a complement iteration
 # Their flags beside those of their kind.
 OWN = {
-    **{"rdp": [], "rdp-next": ["--rdp-batch", "next"], "rdp-random": ["--rdp-second", "random"]},
+    "rdp": [],
+    "rdp-next": ["--rdp-batch", "next"],
+    "rdp-random": ["--rdp-second", "random"],
     "rdp-unfrozen": ["--rdp-second", "all"],
+    "droppath-batch": ["--rdp", "--rdp-every", str(NEVER)],
     **{f"droppath-{half}": ["--drop-path-schedule", half] for half in ("early", "late")},
 }
 RDP_VARIANTS = frozenset(name for name in OWN if name.startswith("rdp"))
@@ -46,10 +51,8 @@ INTERRUPTED, NOT_BEGUN = "interrupted", "not begun"
 
 # How the training command says that numbers ran away.
 _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is not a finite)")
-_NEVER = 1_000_000_000  # droppath iterations until a complement iteration
 _POLL = 0.2  # seconds
-_SAME_SIGNAL = 1.0  # seconds within which a second signal is taken for the same one
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_SIGNALS = (*SIGNALS, signal.SIGHUP)
 # Exit statuses of a run that somebody else stopped, before or after it could save what it has.
 _STOPPED = (0, *(128 + number for number in _SIGNALS), *(-number for number in _SIGNALS))
 
@@ -75,8 +78,7 @@ class Training:
     folder: Path
     flags: list[str]
     epochs: int
-    is_first: bool = True  # there is nothing of an earlier attempt
-    log_start: int = 0
+    is_resumed: bool
 
 
 def cells_of(names: Iterable[str]) -> list[Cell]:
@@ -98,34 +100,25 @@ def training_of(
     if cell.variant == MATCHED:
         epochs = grid["matched_epochs"][str(cell.drop_path)]
         flags += ["--epochs", str(epochs)]
-    if cell.variant == "droppath-batch":
-        flags += ["--rdp", "--rdp-every", str(_NEVER)]
     if cell.variant in RDP_VARIANTS:
         values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
         flags += ["--rdp", *chain.from_iterable(values.items())]
     flags += OWN.get(cell.variant, [])
-    return Training(output / "runs" / cell.name, flags, total_epochs(options, epochs))
+    folder = output / "runs" / cell.name
+    return Training(folder, flags, total_epochs(options, epochs), folder.exists())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What became of a run: its seconds (None where part was not measured), epochs, error, status.
-
-    Raises:
-        UsageError: what there is of it is damaged.
-    """
-    file, begun, (epochs, _) = Path(f"{folder}.json"), folder.is_dir(), read_summary(folder)
-    status = INTERRUPTED if begun else NOT_BEGUN
+    """What became of a run: seconds (None where part was not measured), epochs, error, status."""
+    status = INTERRUPTED if folder.is_dir() else NOT_BEGUN
+    epochs = len(read_summary(folder))
     unfinished = {"seconds": None, "epochs": epochs, "error": "", "status": status}
+    file = Path(f"{folder}.json")
     if not file.exists():
         return unfinished
     with refused_with(f"{file} is damaged, delete it"):
         record = {name: json.loads(file.read_text())[name] for name in unfinished}
-    if record["status"] != DONE:
-        return record
-    with damage_named(folder):
-        if begun and record["epochs"] != epochs:
-            raise ValueError(f"{epochs} of {record['epochs']} epochs")
-    return record if begun else unfinished
+    return unfinished if record["status"] == DONE and status == NOT_BEGUN else record
 
 
 def damage_named(folder: Path) -> AbstractContextManager[None]:
@@ -133,12 +126,14 @@ def damage_named(folder: Path) -> AbstractContextManager[None]:
     return refused_with(f"{folder / SUMMARY} is damaged, delete {folder}")
 
 
-def read_summary(folder: Path) -> tuple[int, list[dict[str, str]]]:
-    """How many epochs a run's summary.csv goes up to, and its rows; none without the file."""
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's summary.csv, one an epoch; none without the file."""
     with damage_named(folder):
         text = (folder / SUMMARY).read_text() if (folder / SUMMARY).exists() else ""
         rows = list(csv.DictReader(text.splitlines()))
-        return (int(rows[-1]["epoch"]) + 1 if rows else 0), rows
+        if [int(row["epoch"]) for row in rows] != list(range(len(rows))):
+            raise ValueError("epochs are missing")
+        return rows
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -162,19 +157,17 @@ def train_all(
     """Train, one process each, as many at a time as there are environments.
 
     Signals that ask to stop are passed on to the runs, which save what they have, and no more are
-    begun; a second signal kills them. They keep the file descriptor `lock` open while they live.
-    Returns the signal that stopped them, else 0.
+    begun; a second one ends them at once. They keep the file descriptor `lock` open while they
+    live. Returns the signal that stopped them, else 0.
     """
-    waiting, stop, stopped_at = deque(trainings), 0, 0.0
+    waiting, stop = deque(trainings), 0
     active: dict[int, tuple[Training, subprocess.Popen]] = {}
 
     def forward(number: int, _: Any) -> None:
-        nonlocal stop, stopped_at
-        if stop and time.monotonic() - stopped_at < _SAME_SIGNAL:
-            return
+        nonlocal stop
+        stop = stop or number
         for _, process in active.values():
-            process.send_signal(signal.SIGKILL if stop else _passed_on(number))
-        stop, stopped_at = stop or number, stopped_at or time.monotonic()
+            process.send_signal(_passed_on(number))
 
     bar = tqdm(total=len(trainings), unit="run", smoothing=0, disable=None, dynamic_ncols=True)
     previous = {number: signal.signal(number, forward) for number in _SIGNALS}
@@ -203,6 +196,10 @@ def train_all(
     return stop
 
 
+def _passed_on(number: int) -> int:
+    return signal.SIGTERM if number == signal.SIGHUP else number  # which runs do not catch
+
+
 def training_command(training: Training) -> list[str]:
     """The command line of a run."""
     runs = training.folder.parent
@@ -211,15 +208,9 @@ def training_command(training: Training) -> list[str]:
     return [*command, "--resume", "auto", *training.flags]
 
 
-def _passed_on(number: int) -> int:
-    return number if number == signal.SIGINT else signal.SIGTERM
-
-
 def _start(training: Training, environment: Mapping[str, str], lock: int) -> subprocess.Popen:
     Path(f"{training.folder}.json").unlink(missing_ok=True)
-    training.is_first = not training.folder.exists()
-    with open(f"{training.folder}.log", "ab") as log:
-        training.log_start = log.tell()
+    with open(f"{training.folder}.log", "wb") as log:
         return subprocess.Popen(
             training_command(training),
             stdin=subprocess.DEVNULL,
@@ -234,11 +225,11 @@ def _start(training: Training, environment: Mapping[str, str], lock: int) -> sub
 def _finish(training: Training, code: int, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
     folder = training.folder
-    status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
+    status, error, seconds, epochs = DONE, "", None, len(read_summary(folder))
     if code or epochs < training.epochs:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
-        log = Path(f"{folder}.log").read_bytes()[training.log_start :].decode(errors="replace")
+        log = Path(f"{folder}.log").read_text(errors="replace")
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("error: ")]
         killed = [f"killed by signal {-code}"] if code < 0 else []
@@ -246,7 +237,7 @@ def _finish(training: Training, code: int, stopped: bool) -> str:
         status = DIVERGED if code == 1 and _RAN_AWAY.match(error) else FAILED
     # Without the process's start, which takes as long for every variant: args.yaml is written when
     # all is set up. Of a resumed run only a part was measured.
-    if training.is_first and (folder / "args.yaml").exists():
+    if (folder / "args.yaml").exists() and not training.is_resumed:
         seconds = round(max(0.0, time.time() - (folder / "args.yaml").stat().st_mtime), 2)
     record = {"seconds": seconds, "epochs": epochs, "error": error, "status": status}
     write_atomically(f"{folder}.json", (json.dumps(record, indent=2) + "\n").encode())

@@ -22,9 +22,6 @@ def choose(
     """The paths and modules of a model to observe: all paths and blocks, or those wanted.
 
     The names wanted may hold * for any text; paths come before modules of the same name.
-
-    Raises:
-        UsageError: the model has no path or module of that name.
     """
     modules = {n: m for n, m in model.named_modules() if n}
     if not wanted:  # blocks hold the paths' DropPaths, or are of the same types
@@ -45,6 +42,7 @@ def choose(
     return [path for path in paths if path.name in chosen], others
 
 
+@torch.no_grad()
 def run_observed(
     model: nn.Module,
     x: Tensor,
@@ -53,11 +51,9 @@ def run_observed(
     pool: str = "mean",
     with_input: bool = True,
 ) -> tuple[Any, dict[tuple[str, str], Tensor | None]]:
-    """Run a model on a batch and pool what its paths and modules put out.
+    """Run a model in eval mode on a batch and pool what its paths and modules put out.
 
     Args:
-        model: in eval mode.
-        x: images, (batch, C, H, W).
         paths: their outputs are what each adds to the residual stream.
         modules: their outputs, e.g. of blocks: the stream itself.
         with_input: also what the first of the modules gets, as "(input)".
@@ -88,7 +84,7 @@ def run_observed(
         if module in block_names:
             keep("blocks", block_names[module] + (f"#{call}" if call else ""), output)
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks:
         for module in {*block_names, *(path.module for path in paths)}:
             hooks.enter_context(module.register_forward_hook(after))
         for module in block_names if with_input else ():
@@ -97,21 +93,13 @@ def run_observed(
 
 
 def pool_features(features: Tensor, batch: int, pool: str = "mean") -> Tensor | None:
-    """One row a sample: positions are pooled, channels stay.
+    """One row a sample: positions are pooled ("first" takes the class token), channels stay.
 
-    Args:
-        features: (batch, channels, H, W), (batch, H, W, channels), (batch, channels, T, H, W),
-            (batch, tokens, channels) or (batch, channels); where samples were cut into windows, a
-            multiple of batch first.
-        batch: number of samples.
-        pool: how the positions become one value a channel: "mean", "max", or "first" (the class
-            token where there is one).
-
-    Returns:
-        (batch, channels), or None where the first dimension does not count samples.
-
-    Of a 4-d tensor the channels are the odd one out of the three sizes (feature maps are mostly
-    square); where that does not tell, dimension 1.
+    Features are (batch, channels, H, W), (batch, H, W, channels), (batch, channels, T, H, W),
+    (batch, tokens, channels) or (batch, channels); where samples were cut into windows, a multiple
+    of batch first. Of a 4-d tensor the channels are the odd one out of the three sizes (feature
+    maps are mostly square); where that does not tell, dimension 1. None where the first dimension
+    does not count samples.
     """
     if features.ndim < 2 or len(features) == 0 or len(features) % batch:
         return None

@@ -18,7 +18,6 @@ from timm_rdp.study.features import layers, models, similarity
 from timm_rdp.study.features.report import KINDS, SCORES, Network, write
 from timm_rdp.study.options import at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED
-from timm_rdp.training.model import EVALUATORS
 
 MAX_CHECKPOINTS = 6
 
@@ -30,41 +29,35 @@ def _parser() -> Parser:
         "importance of a timm model, for one or more checkpoints side by side.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="name of a timm model")
     one_of = parser.add_mutually_exclusive_group().add_argument
+    # fmt: off
+    add("--model", required=True, metavar="NAME", help="name of a timm model")
     one_of("--checkpoint", nargs="+", default=[], metavar="FILE", help="of train_rdp.py or of timm")
     one_of("--pretrained", action="store_true", help="timm's own weights")
     add("--label", nargs="+", default=[], metavar="NAME", help="what to call each checkpoint")
     add("--use-ema", action="store_true", help="the checkpoints' averaged weights")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        help="images, as for training (default: the checkpoint's "
-        "--dataset, else the demo's digits)",
-    )
+    add("--data-dir", metavar="DIR",
+        help="images, as for training (default: the checkpoint's --dataset, else the demo's)")
     add("--dataset", metavar="NAME", help="in --data-dir, as for training (default: image folders)")
     add("--output", default="output/features", metavar="DIR", help="folder to write into")
-    images = "validation images to use at most"
-    add("--num-images", type=at_least(models.MIN_IMAGES), default=256, help=images)
-    seed = "of their choice, and of weights that are random (default: 0)"
-    add("--seed", type=SEED, default=0, help=seed)
+    add("--num-images", type=at_least(models.MIN_IMAGES), default=256,
+        help="validation images to use at most")
+    add("--seed", type=SEED, default=0,
+        help="of their choice, and of weights that are random (default: 0)")
     add("--batch-size", type=COUNT, default=32, help="images at a time")
     add("--layers", nargs="+", metavar="NAME", help="only these paths and modules; * is any text")
-    add(
-        "--pool",
-        choices=layers.POOLS,
-        default="mean",
-        help="positions of a layer to one value a channel",
-    )
+    add("--pool", choices=layers.POOLS, default="mean",
+        help="positions of a layer to one value a channel")
     add("--cka", choices=("unbiased", "biased"), default="unbiased", help="estimate of HSIC")
     add("--remove", type=COUNT, metavar="K", help="also the accuracy with up to K paths removed")
     add("--damage", action="store_true", help="also on noisy, blurred, pale and shifted images")
     add("--no-importance", action="store_true", help="leave out path importance, the slow part")
-    outputs = "the model's outputs (default: the checkpoint's, else the images')"
-    add("--num-classes", type=COUNT, help=outputs)
+    add("--num-classes", type=COUNT,
+        help="the model's outputs (default: the checkpoint's, else the images')")
     add("--img-size", type=COUNT, help="image size (default: the checkpoint's, else the model's)")
     add("--in-chans", type=COUNT, help="image channels (default: the checkpoint's, else 3)")
     add("--device", help="default: the best there is")
+    # fmt: on
     return show_defaults(parser)
 
 
@@ -81,12 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         trained = sources[0].settings
         if args.dataset is None:
             args.dataset = "" if args.data_dir else trained.get("dataset") or ""
-        images, classes = models.choose_images(
-            args.data_dir, args.num_images, args.seed, args.dataset, trained
-        )
-        networks = [observe(args, images, classes, own, device) for own in sources]
+        what = (args.data_dir, args.num_images, args.seed, args.dataset, trained)
+        images, classes = models.choose_images(*what)
+        dataset: Any = images.dataset
+        several = isinstance(getattr(dataset, "target_transform", None), MultiLabelTarget)
+        task = "multilabel" if several else "classification"
+        networks = [observe(args, images, classes, task, own, device) for own in sources]
         told = f"{len(images)} validation images of {classes} classes"
-        write(args, output, told, SCORES[task_of(images)], networks)
+        write(args, output, told, SCORES[task], networks)
     except UsageError as error:
         return report(error)
     return 0
@@ -113,91 +108,60 @@ def read_sources(args: argparse.Namespace) -> list[models.Source]:
     ]
 
 
-def task_of(images: Subset) -> str:
-    """The task, as --task calls it, that the targets of a data set are for."""
-    how = getattr(images.dataset, "target_transform", None)
-    return "multilabel" if isinstance(how, MultiLabelTarget) else "classification"
-
-
-def _has_own_classes(
-    source: models.Source, outputs: int, task: str, classes: int, needed: bool
-) -> bool:
-    trained = source.settings.get("task") or task
-    is_own = (outputs, trained) == (classes, task)
-    if needed and not is_own:
-        told = f"{trained} with {outputs} classes, the images are for {task} with {classes}"
-        raise UsageError(
-            f"{source.label} is for {told}: path importance needs its own classes; give "
-            "--data-dir or --dataset with those, or --no-importance"
-        )
-    return is_own
-
-
 @torch.no_grad()
 def observe(
-    args: argparse.Namespace, images: Subset, classes: int, source: models.Source, device: str
+    args: argparse.Namespace,
+    images: Subset,
+    classes: int,
+    task: str,
+    source: models.Source,
+    device: str,
 ) -> Network:
-    """Pass the images through one network, streaming, and measure it."""
+    """Pass the images, which are for a task, through one network, streaming, and measure it."""
     torch.manual_seed(args.seed)
     model, data, mode = models.build(args, source, classes)
     every_path = models.find_paths(args.model, model, data["input_size"])
     if (args.remove or 0) > len(every_path):
         raise UsageError(f"--remove {args.remove}: {args.model} has {len(every_path)} paths")
     paths, modules = layers.choose(model, every_path, args.layers)
-    outputs, task = getattr(model, "num_classes", classes), task_of(images)
-    is_own = _has_own_classes(source, outputs, task, classes, not args.no_importance)
+    trained, outputs = source.settings.get("task") or task, getattr(model, "num_classes", classes)
+    is_own = (trained, outputs) == (task, classes)
+    if not (is_own or args.no_importance):
+        raise UsageError(
+            f"{source.label} is for {trained} with {outputs} classes, the images are for {task} "
+            f"with {classes}: path importance needs its own classes; give --data-dir or --dataset "
+            "with those, or --no-importance"
+        )
     model.to(device)
-    dropping = [] if args.no_importance else paths
-    features: dict[tuple[str, str], Tensor] = {}  # by a key of KINDS and the layer's name
-    skipped: set[str] = set()
-    scored: dict[str, Any] = {}  # timm's evaluators, by dropped path, "" for none
-
-    def add_up(name: str, logits: Any, y: Tensor) -> None:
-        if isinstance(logits, tuple | list):  # distilled models: one output a head
-            logits = torch.stack(list(logits)).mean(0)
-        if is_own:
-            scored.setdefault(name, EVALUATORS[task](device)).update(logits, y)
-        bar.update(len(y))
-
     dataset: Any = images.dataset
     dataset.transform, dataset.input_img_mode = create_transform(**data), mode
-    count = len(images)
-    with tqdm(total=count * (1 + len(dropping)), unit="image", desc=source.label) as bar:
-        for i, (x, y) in enumerate(DataLoader(images, args.batch_size)):
-            x, y = x.to(device), y.to(device)
-            logits, found = layers.run_observed(
-                model, x, paths, modules, args.pool, not args.layers
-            )
-            add_up("", logits, y)
-            skipped |= {name for (_, name), pooled in found.items() if pooled is None}
-            for key, pooled in found.items():
-                if pooled is not None:
-                    # Once per layer: small tensors kept batch by batch would pin the heap between
-                    # the big ones that are freed.
-                    if key not in features:
-                        features[key] = torch.empty(count, pooled.shape[1])
-                    features[key][i * args.batch_size :][: len(x)] = pooled
-            for path in dropping:
-                with layers.dropped(model, path):
-                    add_up(path.name, model(x), y)
+    batches = DataLoader(images, args.batch_size)
+    features: dict[tuple[str, str], Tensor] = {}  # by a key of KINDS and the layer's name
+    skipped: set[str] = set()
+    for i, (x, _) in enumerate(tqdm(batches, source.label, unit="batch")):
+        x = x.to(device)
+        found = layers.run_observed(model, x, paths, modules, args.pool, not args.layers)[1]
+        for key, pooled in found.items():
+            if pooled is None:
+                skipped.add(key[1])
+                continue
+            # Once per layer: small tensors kept batch by batch would pin the heap between the big
+            # ones that are freed.
+            if key not in features:
+                features[key] = torch.empty(len(images), pooled.shape[1])
+            features[key][i * args.batch_size :][: len(x)] = pooled
     measured = {}
     if is_own:
-        again, extra = DataLoader(images, args.batch_size), (args.remove or 0, args.damage)
-        measured = measures.measure(model, every_path, again, task, data, *extra)
-    means = {name: _loss_and_score(evaluator) for name, evaluator in scored.items()}
-    loss, score = means.pop("", (None, None))
-    importance = {name: (a, b, a - (loss or 0.0)) for name, (a, b) in means.items()}
+        batches = tqdm(batches, f"{source.label}, measures", unit="batch")
+        alone = () if args.no_importance else paths
+        more = (args.remove or 0, args.damage, alone)
+        measured = measures.measure(model, every_path, batches, task, data, *more)
     kinds = {}
     for kind in KINDS:
         own = {n: f for (k, n), f in features.items() if k == kind and n not in skipped}
         if own:
             kinds[kind] = _measure(source.label, own, args.cka == "unbiased")
-    return Network(source.label, kinds, loss, score, importance, measured, skipped)
-
-
-def _loss_and_score(evaluator: Any) -> tuple[float, float]:
-    found = evaluator.compute()
-    return found["loss"], found[evaluator.default_metric] / 100
+    return Network(source.label, kinds, measured, skipped)
 
 
 def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[str, Any]:
@@ -209,9 +173,10 @@ def _measure(label: str, features: dict[str, Tensor], unbiased: bool) -> dict[st
                 "use another checkpoint"
             )
     own = list(features.values())
-    found = {"names": list(features), "widths": [layer.shape[1] for layer in own]}
-    matrices = {
+    return {
+        "names": list(features),
+        "widths": [layer.shape[1] for layer in own],
         "cka": similarity.cka_matrix(own, unbiased),
         "cosine": similarity.cosine_matrix(own),
+        "ranks": [similarity.effective_rank(layer) for layer in own],
     }
-    return found | matrices | {"ranks": [similarity.effective_rank(layer) for layer in own]}

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Subset
 
 import timm_rdp
 from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.training.checkpoint import check_fit, read_checkpoint, weights_of
-from timm_rdp.training.dataset import make_dataset, prepare_demo
+from timm_rdp.training.dataset import IMG_MODES, make_dataset, prepare_demo
 from timm_rdp.training.flags import build_parser
 from timm_rdp.training.model import build_model
 
@@ -28,12 +27,19 @@ AS_TRAINED = (
     *("model_kwargs", "gp", "num_classes", "img_size", "in_chans", "input_size"),
     *("mean", "std", "crop_pct", "crop_mode", "interpolation"),
 )
-
-# How the data set of a checkpoint is read, as its training options call it.
+# How its data set is read.
 AS_LOADED = (
     *("task", "data_dir", "val_split", "input_key", "target_key", "target_format"),
     *("num_classes", "val_num_samples"),
 )
+
+
+def check_chosen(options: argparse.Namespace) -> None:
+    """Raises UsageError where the images of a data set cannot be chosen one by one."""
+    stream = options.dataset.lower().startswith(("tfds/", "wds/", "hfids/"))
+    if stream or options.naflex_loader:
+        what = f"--dataset {options.dataset}" if stream else "--naflex-loader"
+        raise UsageError(f"{what}: cannot be measured (features, --measure), which is a stream")
 
 
 def choose_images(
@@ -43,18 +49,14 @@ def choose_images(
     name: str = "",
     trained: Mapping[str, Any] | None = None,
 ) -> tuple[Subset, int]:
-    """Some validation images, drawn with a seed, and how many classes they have.
+    """Up to `count` validation images, drawn with a seed, and how many classes they have.
 
     Args:
         folder: as for training, with a `validation` or `val` folder of class folders, or class
             folders themselves; None for the demo's digits.
-        count: how many images to take at most.
         name: of a data set in the folder (see --dataset) that is none of class folders.
         trained: the settings of a checkpoint, which say how that is read and, without a folder,
             where it is.
-
-    Raises:
-        UsageError: no such data, no validation split, or too few images.
     """
     options, trained = vars(build_parser().parse_args([])), trained or {}
     if "/" in name:
@@ -63,9 +65,8 @@ def choose_images(
     else:
         root = options["data_dir"] = folder or str(prepare_demo())
     args = argparse.Namespace(**options | {"dataset": name})
+    check_chosen(args)
     dataset = make_dataset(args, "RGB", False)
-    if not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset):
-        raise UsageError(f"--dataset {name} is a stream, of which no images can be chosen")
     if "/" not in name and Path(root, "train").is_dir() and Path(dataset.reader.root) == Path(root):
         raise UsageError(
             f"--data-dir {root} has train/ but no validation/ folder; add one, or give a folder "
@@ -98,12 +99,9 @@ class Source:
 
 
 def read_source(path: str, model: str, use_ema: bool, label: str) -> Source:
-    """Read a checkpoint of `train_rdp.py`, of timm's script, or of bare weights.
+    """Read a checkpoint of a model by `train_rdp.py`, by timm's script, or of bare weights.
 
-    Nothing in it is executed. `model` is what it is expected to be of.
-
-    Raises:
-        UsageError: missing, unreadable, without weights, or of another model.
+    Nothing in it is executed.
     """
     what = f"--checkpoint {path}"
     if Path(path).suffix == ".safetensors":
@@ -141,9 +139,6 @@ def build(
 
     Returns:
         the model, timm's data config and PIL's mode of its images
-
-    Raises:
-        UsageError: timm cannot build it, weights do not fit, or no images have so many channels.
     """
     options = vars(build_parser().parse_args([])) | {"rank": 0, "distributed": False}
     trained = source.settings
@@ -166,11 +161,9 @@ def build(
     channels = options["in_chans"] or (options["input_size"] or [3])[0]
     data["input_size"] = (channels, *data["input_size"][1:])
     data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
-    mode = trained.get("input_img_mode") or {1: "L", 4: "RGBA"}.get(channels, "RGB")
-    if len(Image.new(mode, (1, 1)).getbands()) != channels:
-        raise UsageError(
-            f"--in-chans {channels}: images have 1, 3 or 4 channels; give one of these"
-        )
+    mode = trained.get("input_img_mode") or IMG_MODES.get(channels)
+    if mode is None:
+        raise UsageError(f"--in-chans {channels}: images have 1, 3 or 4; give one of these")
     return model.eval(), data, mode
 
 
@@ -178,9 +171,6 @@ def find_paths(name: str, model: nn.Module, size: tuple) -> tuple[timm_rdp.Path,
     """The residual paths of a model for images of a size (C, H, W), in call order.
 
     Blocks whose rate is 0 get a DropPath too: timm leaves an Identity in its place there.
-
-    Raises:
-        UsageError: it has none.
     """
     for module in list(model.modules()):
         for slot, child in module.named_children():

@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,7 @@ class Network:
 
     label: str
     kinds: dict[str, dict[str, Any]]  # by a key of KINDS: what `_measure` returns
-    loss: float | None  # None where it has not the images' classes
-    score: float | None  # of SCORES
-    importance: dict[str, tuple[float, float, float]]  # by path: loss, score, rise of the loss
-    measures: dict[str, Any]  # see measures.measure; {} without the images' classes
+    measures: dict[str, Any]  # see measures.measure; {} where it has not the images' classes
     skipped: set[str]  # layers whose output is no feature per image
 
 
@@ -54,25 +52,23 @@ def write(
             for j, b in enumerate(own["names"])
         ),
     )
-    ranks = [
-        (KINDS[kind], [torch.tensor(own["ranks"]) for own in each]) for kind, each in kinds.items()
-    ]
+    ranks = [(KINDS[kind], [own["ranks"] for own in each]) for kind, each in kinds.items()]
     title = f"Dimensions that the features of {args.model} use"
-    figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title).savefig(
-        output / "rank.png"
-    )
+    figure = figures.lines_per_layer(ranks, labels, "effective rank (dimensions)", title)
+    figure.savefig(output / "rank.png")
     header = ("network", "layers", "number", "name", "width", "effective_rank", "rebound")
     figures.write_csv(output / "layers.csv", header, _layers(networks))
-    if names := list(networks[0].importance):
-        rises = [torch.tensor([n.importance[path][2] for path in names]) for n in networks]
+    if "importance" in networks[0].measures:
+        importance = [network.measures["importance"] for network in networks]
+        rises = torch.tensor([[rise for *_, rise in own.values()] for own in importance])
         figures.write_figure(
             output / "importance",
-            figures.path_importance(names, rises, labels),
+            figures.path_importance(list(importance[0]), rises, labels),
             ("network", "path", "loss", score[0], "loss_rise"),
             (
-                (n.label, path, *(f"{value:.6f}" for value in values))
-                for n in networks
-                for path, values in n.importance.items()
+                (label, path, *(f"{value:.6f}" for value in values))
+                for label, own in zip(labels, importance, strict=True)
+                for path, values in own.items()
             ),
         )
     removed = [(n.label, k, *s) for n in networks for k, s in n.measures.get("removed", {}).items()]
@@ -85,16 +81,13 @@ def write(
     print(f"Figures, their numbers and this summary are in {output}")
 
 
-def _layers(networks: list[Network]) -> list[tuple]:
-    rows = []
+def _layers(networks: list[Network]) -> Iterator[tuple]:
     for network, (kind, own) in ((n, item) for n in networks for item in n.kinds.items()):
         climbs = similarity.rebounds(own["cka"]).tolist() if len(own["names"]) > 2 else []
         climbs = [*(f"{climb:.6f}" for climb in climbs), "", ""]
-        for i, (name, width, climb) in enumerate(
-            zip(own["names"], own["widths"], climbs, strict=False)
-        ):
-            rows.append((network.label, kind, i, name, width, f"{own['ranks'][i]:.4f}", climb))
-    return rows
+        columns = zip(own["names"], own["widths"], own["ranks"], climbs, strict=False)
+        for i, (name, width, rank, climb) in enumerate(columns):
+            yield network.label, kind, i, name, width, f"{rank:.4f}", climb
 
 
 def summary(args: argparse.Namespace, images: str, score: str, networks: list[Network]) -> str:
@@ -108,19 +101,18 @@ def summary(args: argparse.Namespace, images: str, score: str, networks: list[Ne
     ]
     for network in networks:
         lines += ["", network.label]
-        if network.loss is not None:
-            lines.append(f"  loss {network.loss:.4f}, {score} {network.score:.2%}")
-        lines += measures.told(network.measures)
+        if own := network.measures:
+            lines.append(f"  loss {own['loss']:.4f}, {score} {own['score']:.2%}")
+            lines += measures.told(own)
         for kind, own in network.kinds.items():
-            score = "needs 3 layers or more"
+            revisits = "needs 3 layers or more"
             if len(own["names"]) > 2:
                 cka, cosine = map(similarity.revisit_score, (own["cka"], own["cosine"]))
-                score = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
-            rank = statistics.mean(own["ranks"])
-            what = f"{len(own['names'])} {KINDS[kind]}: revisit score {score}"
-            lines.append(f"  {what}; mean effective rank {rank:.1f}")
-        if network.importance:
-            rises = {path: rise for path, (*_, rise) in network.importance.items()}
+                revisits = f"{cka:.3f} by CKA, {cosine:.3f} by cosine"
+            what = f"{len(own['names'])} {KINDS[kind]}: revisit score {revisits}"
+            lines.append(f"  {what}; mean effective rank {statistics.mean(own['ranks']):.1f}")
+        if importance := network.measures.get("importance"):
+            rises = {path: rise for path, (*_, rise) in importance.items()}
             ranked = [f"{p} {rises[p]:+.4f}" for p in sorted(rises, key=lambda p: -rises[p])]
             lines.append(f"  paths whose loss matters most: {'; '.join(ranked[:3])}")
             lines.append(f"  paths that matter least: {'; '.join(ranked[-3:])}")

@@ -15,11 +15,8 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
         unbiased: estimate HSIC without the bias that few samples and wide layers cause (Song et
             al. 2012): needs 4 samples, may come out slightly below 0. Else it lies in [0, 1].
 
-    Raises:
-        ValueError: too few samples.
-
     Source: Kornblith et al. 2019, arXiv 1905.00414. A layer that does not vary over the samples has
-    no direction to compare: its CKA with any layer is 0.
+    no direction to compare: its CKA with any layer is 0. Too few samples are a ValueError.
     """
     n, needed = len(layers[0]), 4 if unbiased else 2
     if n < needed:
@@ -35,7 +32,7 @@ def cka_matrix(layers: list[Tensor], unbiased: bool = False) -> Tensor:
             value += kx.sum() * ky.sum() / ((n - 1) * (n - 2)) - kx @ ky * (1 + 2 / (n - 2))
         hsic[i, j] = hsic[j, i] = value  # up to a factor that depends on n only
     own = hsic.diagonal().clamp(min=0)
-    norm = (own[:, None] * own[None, :]).sqrt()
+    norm = own.outer(own).sqrt()
     return torch.where(norm > 0, hsic / norm, 0.0).clamp(max=1.0)
 
 
@@ -49,17 +46,13 @@ def _prepare(layer: Tensor) -> Tensor:
     if scale <= 1e-6 * mean.norm() * len(x) ** 0.5:
         return torch.zeros(len(x), 1, dtype=torch.float64)
     x = x / scale
-    if x.shape[1] > x.shape[0]:
-        x = torch.linalg.qr(x.T, mode="r").R.T
-    return x
+    return torch.linalg.qr(x.T, mode="r").R.T if x.shape[1] > x.shape[0] else x
 
 
 def cosine_matrix(layers: list[Tensor]) -> Tensor:
     """Cosine similarity between all pairs of layers, mean over samples: (layers, layers), float64.
 
-    Args:
-        layers: one (samples, width) tensor a layer, not centred. A pair of different widths has no
-            cosine: NaN.
+    Layers are (samples, width) each, not centred. A pair of different widths has no cosine: NaN.
     """
     out = torch.full((len(layers), len(layers)), float("nan"), dtype=torch.float64)
     for (i, x), (j, y) in combinations_with_replacement(enumerate(layers), 2):
@@ -73,16 +66,9 @@ def rebounds(similarity: Tensor) -> Tensor:
 
     For layer i with the sequence s = similarity[i, i:], the rebound is the largest s[k] - s[j] with
     j < k: 0 where similarity only falls or stays, the height of the climb out of the deepest valley
-    where it does not.
-
-    Args:
-        similarity: (layers, layers), in forward order. NaN (not comparable) is passed over.
-
-    Returns:
-        (layers - 2,): the last two layers have no layer to fall and rise over.
-
-    Raises:
-        ValueError: fewer than 3 layers.
+    where it does not. `similarity` is (layers, layers), in forward order; NaN (not comparable) is
+    passed over. The result is (layers - 2,): the last two layers have no layer to fall and rise
+    over. Fewer than 3 layers are a ValueError.
     """
     if len(similarity) < 3:
         raise ValueError(f"a revisit needs at least 3 layers, not {len(similarity)}")
@@ -111,6 +97,4 @@ def effective_rank(layer: Tensor) -> float:
     the singular values divided by their sum.
     """
     values = torch.linalg.svdvals(_prepare(layer))
-    if values.sum() == 0:
-        return 0.0
-    return torch.special.entr(values / values.sum()).sum().exp().item()
+    return torch.special.entr(values / values.sum()).sum().exp().item() if values.sum() else 0.0

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from timm_rdp import ResidualDropPath
+from timm_rdp.core.rdp import COMPLEMENT
 from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.study import figures
 from timm_rdp.training.model import create_model
@@ -21,47 +22,37 @@ STYLE: dict[str, dict[str, Any]] = {
 
 
 def sample_cycle(name: str, drop_path: float, seed: int) -> dict[str, Any]:
-    """Create a timm model and take its first RDP cycle in which a path is dropped.
+    """The first RDP cycle of a timm model in which a path is dropped.
 
-    Returns:
-        "model", "cycle", "rows" (of each path, as in the table behind the figure), and how many
-        "parameters" there are, "trained_in_droppath" and "trained_in_complement" (elements)
-
-    Raises:
-        UsageError: unknown model, or one without residual paths.
+    Its "rows" are a path each, as in the table behind the figure; parameters count by element.
     """
     model = create_model(name, drop_path_rate=drop_path)
     with refused_with(f"--model {name}"):
         rdp = ResidualDropPath(model, seed=seed)
     size = {n: p.numel() for n, p in model.named_parameters()}
     count = lambda names: sum(size[n] for n in names)
-    iterations = []
-    for _ in range(10_000):
-        iterations.clear()
-        for iteration in rdp.cycle():
-            with iteration:  # nothing is trained in it
-                iterations.append(iteration)
-        if len(iterations) == 2:
-            break
-    else:
-        raise UsageError(
-            f"--model-drop-path {drop_path}: nothing was dropped in 10000 cycles; give a higher one"
-        )
-    droppath, complement = iterations
+    droppath = complement = rdp.iteration()
+    while complement.phase != COMPLEMENT and complement.cycle < 10_000:
+        droppath, complement = complement, rdp.iteration()
+        with complement:  # nothing is trained in it
+            pass
+    if complement.phase != COMPLEMENT:
+        raise UsageError(f"--model-drop-path {drop_path}: nothing is dropped; give a higher one")
+    rows = [
+        {
+            "cycle": droppath.cycle,
+            "name": path.name,
+            "drop_prob": path.drop_prob,
+            "kept": path.name not in droppath.dropped,
+            "parameters": count(path.parameters),
+            "trained_in_complement": count(complement.trainable.intersection(path.parameters)),
+        }
+        for path in rdp.paths
+    ]
     return {
         "model": name,
         "cycle": droppath.cycle,
-        "rows": [
-            {
-                "cycle": droppath.cycle,
-                "name": path.name,
-                "drop_prob": path.drop_prob,
-                "kept": path.name not in droppath.dropped,
-                "parameters": count(path.parameters),
-                "trained_in_complement": count(complement.trainable.intersection(path.parameters)),
-            }
-            for path in rdp.paths
-        ],
+        "rows": rows,
         "parameters": sum(size.values()),
         "trained_in_droppath": count(droppath.trainable),
         "trained_in_complement": count(complement.trainable),
@@ -72,7 +63,8 @@ def draw(cycle: dict[str, Any]) -> "figures.Figure":
     """Fig. 5: three stages, one box a path, the residual stream below the boxes."""
     from matplotlib.patches import Patch
 
-    names = [row["name"] for row in cycle["rows"]]
+    rows = cycle["rows"]
+    names = [row["name"] for row in rows]
     # Names of blocks are turned where they would not fit below their paths.
     paths = Counter(map(_block, names))
     turned = any(len(block) > 180 / len(names) * count for block, count in paths.items())
@@ -81,24 +73,21 @@ def draw(cycle: dict[str, Any]) -> "figures.Figure":
         "the line below is the residual stream, with all that is on no path at its ends)"
     )
     figure = figures.new_figure(6.6 if turned else 5.3, title=title.format(**cycle))
-    dropped = sum(not row["kept"] for row in cycle["rows"])
+    dropped = f"{sum(not row['kept'] for row in rows)} of {len(rows)} paths dropped"
     share = lambda n: f"{n / 1e6:.2f} of {cycle['parameters'] / 1e6:.2f} M parameters"
-    stages = [
-        ("Inference: every path runs", [RUNS] * len(names), RUNS),
-        (
-            f"Droppath iteration: {dropped} of {len(names)} paths dropped, "
-            f"{share(cycle['trained_in_droppath'])} trained",
-            [TRAINED if row["kept"] else DROPPED for row in cycle["rows"]],
+    second = "Complement iteration: every path runs, only the dropped part is trained"
+    stages = {
+        "Inference: every path runs": ([RUNS] * len(rows), RUNS),
+        f"Droppath iteration: {dropped}, {share(cycle['trained_in_droppath'])} trained": (
+            [TRAINED if row["kept"] else DROPPED for row in rows],
             TRAINED,
         ),
-        (
-            "Complement iteration: every path runs, only the dropped part is trained, "
-            f"{share(cycle['trained_in_complement'])}",
-            [TRAINED if row["trained_in_complement"] else FROZEN for row in cycle["rows"]],
+        f"{second}, {share(cycle['trained_in_complement'])}": (
+            [TRAINED if row["trained_in_complement"] else FROZEN for row in rows],
             FROZEN,
         ),
-    ]
-    for axes, (title, states, rest) in zip(figure.subplots(3, 1), stages, strict=True):
+    }
+    for axes, (title, (states, rest)) in zip(figure.subplots(3, 1), stages.items(), strict=True):
         axes.set_title(title, fontsize=9.5, loc="left")
         _stage(axes, names, states, rest, turned)
     handles = [Patch(label=state, **style) for state, style in STYLE.items()]

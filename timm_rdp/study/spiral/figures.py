@@ -23,12 +23,12 @@ def _scatter(axes: "figures.Axes", xy: Tensor, label: Tensor, size: float) -> No
     axes.set_aspect("equal")
 
 
-def spirals(xy: Tensor, label: Tensor) -> "figures.Figure":
+def spirals(xy: Tensor, label: Tensor, radius: int = 1) -> "figures.Figure":
     """Fig. 2: the points. xy is (points, 2), label (points,)."""
     figure = new_figure(height=5.2, width=4.8)
     axes = figure.subplots()
     _scatter(axes, xy, label, 14)
-    axes.set_xlabel("first coordinate (spiral radius = 1)")
+    axes.set_xlabel(f"first coordinate (spiral radius = {radius})")
     axes.set_ylabel("second coordinate")
     axes.set_title(f"Two spirals, two classes, {len(xy)} points", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -36,16 +36,11 @@ def spirals(xy: Tensor, label: Tensor) -> "figures.Figure":
 
 
 def aligned_planes(layers: list[Tensor], reference: int) -> list[Tensor]:
-    """Every layer seen from the side that looks most like the reference layer's widest plane.
+    """Every layer, (samples, dim), from the side that looks most like the reference layer's plane.
 
-    Args:
-        layers: (samples, dim) each.
-        reference: the layer whose first two principal components are the plane to look like.
-
-    Returns:
-        (samples, 2) a layer, centred, of unit root mean square radius: projected on the orthonormal
-        pair of directions that an orthogonal Procrustes fit finds. Turning, mirroring and scaling
-        is what CKA does not see either.
+    That plane is the reference's first two principal components. The others are projected on the
+    orthonormal pair of directions that an orthogonal Procrustes fit finds, centred and scaled:
+    (samples, 2). Turning, mirroring and scaling is what CKA does not see either.
     """
     centred = [layer.double() - layer.double().mean(0) for layer in layers]
     u, s, _ = torch.linalg.svd(centred[reference], full_matrices=False)
@@ -84,12 +79,12 @@ def distributions(
     start, lost, back = strongest_return(similarity)
     first = FIRST[kind]
     rows, columns = -(-len(layers) // 8), 8
-    figure = new_figure(
-        height=1.13 * rows + 0.9,
-        title=f"Features that come back: layer {start + first}'s are lost by layer {lost + first} "
-        f"(CKA {similarity[start, lost]:.2f}) and return in layer {back + first} "
-        f"({similarity[start, back]:.2f})",
+    title = (
+        f"Features that come back: layer {start + first}'s are lost by layer {lost + first} (CKA "
+        f"{similarity[start, lost]:.2f}) and return in layer {back + first} "
+        f"({similarity[start, back]:.2f})"
     )
+    figure = new_figure(height=1.13 * rows + 0.9, title=title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(layers) :]:
         axes.set_visible(False)
@@ -109,11 +104,7 @@ def distributions(
 
 
 def similarities(similarity: dict[str, Tensor]) -> "figures.Figure":
-    """Fig. 3: heatmaps of CKA, and the row of the layer that returns most strongly as a curve.
-
-    Args:
-        similarity: {"paths": (layers, layers), "blocks": (layers + 1, layers + 1)}.
-    """
+    """Fig. 3: heatmaps of CKA, by kind, and the row of the clearest return as a curve."""
     figure = new_figure(height=6.1)
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1))
     top, bottom = halves
@@ -148,16 +139,11 @@ def similarities(similarity: dict[str, Tensor]) -> "figures.Figure":
 
 
 def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tensor:
-    """Distribution of every node in every layer, by class.
+    """Distribution of every node in every layer, by class: counts, (layers, dim, 2 classes, bins).
 
-    Args:
-        layers: (samples, dim) each.
-        label: classes, (samples,).
-
-    Returns:
-        (layers, dim, 2 classes, bins): counts; the bins span 2.5 standard deviations to both sides
-        of the node's mean in that layer (the outermost take what lies beyond), so that shapes are
-        compared and scale is not, as in CKA. A node that is constant has empty bins.
+    The bins span 2.5 standard deviations to both sides of the node's mean in that layer (the
+    outermost take what lies beyond), so that shapes are compared and scale is not, as in CKA. A
+    node that is constant has empty bins.
     """
     x = torch.stack(layers).double()
     x = x - x.mean(1, keepdim=True)
@@ -168,11 +154,7 @@ def node_histograms(layers: list[Tensor], label: Tensor, bins: int = 16) -> Tens
 
 
 def overlap(histograms: Tensor) -> Tensor:
-    """Shared share of two layers' distributions of each node: (dim, layers, layers), in [0, 1].
-
-    Args:
-        histograms: what `node_histograms` returns; classes count apart.
-    """
+    """Shared share of two layers' distributions of each node: (dim, layers, layers), in [0, 1]."""
     p = histograms.flatten(2).transpose(0, 1)
     p = p / p.sum(-1, keepdim=True).clamp(min=1)
     return torch.minimum(p[:, :, None], p[:, None]).sum(-1)
@@ -212,13 +194,10 @@ def _nodes(axes: "figures.Axes", histograms: Tensor, first: int, title: str) -> 
 def training(snapshots: list[tuple[int, float, Tensor]], kind: str) -> "figures.Figure":
     """Fig. 4: the distributions of every node in every layer, at some steps of the training.
 
-    Args:
-        snapshots: (step, accuracy, what `node_histograms` returns); one alone makes a frame of the
-            animation.
+    Snapshots are (step, accuracy, histograms); one alone makes a frame of the animation.
     """
-    columns = min(3, len(snapshots))
+    columns, one = min(3, len(snapshots)), len(snapshots) == 1
     rows = -(-len(snapshots) // columns)
-    one = len(snapshots) == 1
     title = (
         f"Distribution of every node's value in every layer during training ({LAYERS[kind]});\n"
         "framed: a distribution that a node leaves and comes back to in a later layer"

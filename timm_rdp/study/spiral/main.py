@@ -33,7 +33,10 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--output", default="output/spiral", metavar="DIR", help="folder to write into")
     add("--points", type=at_least(4), default=400, help="points of both spirals together")
-    add("--turns", type=POSITIVE, default=1.5, help="turns of each spiral")
+    playground = "spirals of TensorFlow Playground: radius 5, 1.75 turns, uniform noise"
+    add("--playground", action="store_true", help=playground)
+    turns = "turns of each spiral (default: 1.5, or 1.75 with --playground)"
+    add("--turns", type=POSITIVE, help=turns)
     add("--noise", type=AMOUNT, default=0.02, help="noise of the points; the radius is 1")
     add("--depth", type=at_least(3), default=32, help="residual layers of the network")
     add("--dim", type=at_least(2), default=32, help="its hidden dimension")
@@ -55,9 +58,7 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `timm-rdp spiral`; returns its exit status."""
-    threads = torch.get_num_threads()
-    # Layers this small run faster on one thread than they are shared out.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # layers this small run faster on one than they are shared out
     try:
         args = _parser().parse_args(argv)
         check_installed("matplotlib")
@@ -66,15 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         run(args, output, cycle)
     except UsageError as error:
         return report(error)
-    finally:
-        torch.set_num_threads(threads)
     return 0
 
 
 def run(args: argparse.Namespace, output: Path, cycle: dict[str, Any]) -> None:
     """Train, measure, draw, write."""
-    data = toy.two_spirals(args.points, args.noise, args.turns, args.seed)
-    unseen = toy.two_spirals(args.points, args.noise, args.turns, args.seed + 1)
+    what = (args.points, args.noise, args.turns or (1.75 if args.playground else 1.5))
+    if args.playground:  # which holds back a part of its points
+        data, unseen = toy.playground_spirals(*what, args.seed)
+    else:
+        data, unseen = (toy.two_spirals(*what, args.seed + i) for i in range(2))
     measured: dict[str, list[dict[str, float]]] = {v: [] for v in ("untrained", *toy.VARIANTS)}
     first: dict[str, tuple] = {}  # all that was measured of the first seed
     settings = {name: getattr(args, name) for name in ("steps", "lr", "drop_path", "activation")}
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace, output: Path, cycle: dict[str, Any]) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     points = ((*xy, int(c)) for xy, c in zip(data[0].tolist(), data[1], strict=True))
-    write_figure(output / "fig2_spirals", figures.spirals(*data), ("x", "y", "class"), points)
+    figure = figures.spirals(*data, radius=5 if args.playground else 1)
+    write_figure(output / "fig2_spirals", figure, ("x", "y", "class"), points)
     draw_features(output, first, unseen[1], args.layers)
     draw_training(output, snapshots, args.layers)
     rows = (row.values() for row in cycle["rows"])
@@ -113,19 +116,14 @@ def run(args: argparse.Namespace, output: Path, cycle: dict[str, Any]) -> None:
     write_figure(output / "scores", figures.scores(values), header, rows)
     text = summary(args, measured)
     (output / "summary.txt").write_text(text)
-    print(text)
-    print(f"Figures, their numbers and this summary are in {output}")
+    print(f"{text}\nFigures, their numbers and this summary are in {output}")
 
 
 @torch.no_grad()
 def measure(
     model: toy.ToyNet, data: tuple[Tensor, Tensor]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, list[Tensor]]]:
-    """One network's numbers on points it was not trained on.
-
-    Returns:
-        the numbers by name; {"paths": CKA (layers, layers), "blocks": ...}; its features
-    """
+    """One network on points it was not trained on: numbers, CKA by kind of layer, and features."""
     features = model.features(data[0])
     row = {"accuracy": toy.accuracy(model, data)}
     cka = {kind: similarity.cka_matrix(layers) for kind, layers in features.items()}
@@ -155,10 +153,7 @@ def watch_small(args: argparse.Namespace, data: tuple, settings: dict[str, Any])
 
 
 def draw_features(output: Path, first: dict[str, tuple], label: Tensor, kind: str) -> None:
-    """Figures 1 and 3, from what `measure` found of each variant on points of these classes.
-
-    `kind` says which layers figure 1 shows.
-    """
+    """Figures 1 and 3, from what `measure` found of each variant on points of these classes."""
     _, cka, features = first["plain"]
     figures.similarities(cka).savefig(output / "fig3_similarity.png")
     start, *_ = figures.strongest_return(cka[kind])
@@ -180,9 +175,9 @@ def draw_features(output: Path, first: dict[str, tuple], label: Tensor, kind: st
         output / "fig3_similarity.csv",
         ("variant", "layers", "layer", "other_layer", "cka"),
         (
-            (variant, kind, layer + FIRST[kind], other + FIRST[kind], f"{value:.6f}")
+            (variant, k, layer + FIRST[k], other + FIRST[k], f"{value:.6f}")
             for variant, (_, own, _) in first.items()
-            for kind, matrix in own.items()
+            for k, matrix in own.items()
             for (layer, other), value in np.ndenumerate(matrix)
         ),
     )
@@ -219,12 +214,13 @@ def summary(args: argparse.Namespace, measured: dict[str, list[dict[str, float]]
     several = args.seeds > 1
     what = ": mean ± standard deviation" if several else ", so no spread can be given"
     text = (
-        f"Two spirals, {args.points} points; residual networks of {args.depth} linear layers "
-        f"({args.activation}), dimension {args.dim}, {args.steps} steps, drop path "
-        f"{args.drop_path}; {args.seeds} seeds{what}. All numbers are from {args.points} points "
-        "that were not trained on. Revisit scores: 0 where features only stay or drift away, 1 "
-        "where all are lost and come back. 'paths': what each path puts out; 'sums': the features "
-        "after each residual sum. Rank: effective rank, mean over layers."
+        f"Two spirals{' of TensorFlow Playground' * args.playground}, {args.points} points; "
+        f"residual networks of {args.depth} linear layers ({args.activation}), dimension "
+        f"{args.dim}, {args.steps} steps, drop path {args.drop_path}; {args.seeds} seeds{what}. "
+        f"All numbers are from {args.points} points that were not trained on. Revisit scores: 0 "
+        "where features only stay or drift away, 1 where all are lost and come back. 'paths': what "
+        "each path puts out; 'sums': the features after each residual sum. Rank: effective rank, "
+        "mean over layers."
     )
     columns = {"accuracy": "accuracy"} | {
         f"{measure}_{kind}": f"{name}, {layers}"

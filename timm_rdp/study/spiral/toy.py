@@ -18,15 +18,10 @@ ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "none": nn.Ide
 
 
 def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Two interleaved spirals, one a class.
+    """Two interleaved spirals of radius 1, one a class: (points, 2), and classes, 0 and 1 in turn.
 
-    Args:
-        points: number of points of both classes together.
-        noise: standard deviation of what is added to each coordinate; the spirals have radius 1.
-        turns: how often each spiral winds around the centre.
-
-    Returns:
-        coordinates (points, 2) and classes (points,), 0 and 1 in turn.
+    `noise` is the standard deviation of what is added to each coordinate, `turns` is how often each
+    spiral winds around the centre.
     """
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(points) % 2
@@ -37,13 +32,26 @@ def two_spirals(points: int, noise: float, turns: float, seed: int) -> tuple[Ten
     return xy + noise * torch.randn(points, 2, generator=generator), label
 
 
-class ToyNet(nn.Module):
-    """Embedding to `dim`, `depth` residual linear layers, a linear classifier.
+def playground_spirals(
+    points: int, noise: float, turns: float, seed: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """TensorFlow Playground's two spirals, twice as many points, shuffled, as two halves.
 
-    Args:
-        depth, dim: number of residual layers, hidden dimension.
-        drop_path: rate of the last layer's DropPath; the rates rise linearly from 0, as in timm.
-        activation: after each residual linear layer, a key of `ACTIVATIONS`.
+    The radius grows evenly to 5; what is added to each coordinate is uniform, up to `noise`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2 * points, generator=generator)
+    label, t = order % 2, order // 2 / points
+    angle = 2 * math.pi * turns * t + math.pi * label
+    xy = 5 * torch.stack([t * angle.sin(), t * angle.cos()], dim=1)
+    xy += noise * (2 * torch.rand(2 * points, 2, generator=generator) - 1)
+    return tuple(zip(xy.chunk(2), label.chunk(2), strict=True))
+
+
+class ToyNet(nn.Module):
+    """Embedding to `dim`, `depth` residual linear layers with an activation, a linear classifier.
+
+    Rates of DropPath rise linearly from 0 to `drop_path`, as in timm.
     """
 
     def __init__(self, depth: int, dim: int, drop_path: float = 0.0, activation: str = "gelu"):
@@ -61,11 +69,10 @@ class ToyNet(nn.Module):
         return self.head(self.features(x)["blocks"][-1])
 
     def features(self, x: Tensor) -> dict[str, list[Tensor]]:
-        """Features of every layer, each (samples, dim).
+        """Features of every layer, each (samples, dim): of "paths" and of "blocks".
 
-        Returns:
-            "paths": what each layer's path adds, depth tensors; "blocks": the embedding, and then
-            the sum after each residual connection, depth + 1 tensors.
+        The former are what each layer's path adds, the latter the embedding, and then the sum after
+        each residual connection.
         """
         paths, blocks = [], [self.embed(x)]
         for layer in self.layers:
@@ -94,7 +101,6 @@ def train(
 
     Args:
         variant: "droppath" (timm's), "rdp" (one full cycle a step), or any other (no DropPath).
-        data: what `two_spirals` returns.
         steps: batches. Under RDP each is a droppath and a complement iteration, `same` batches.
         seed: of the weights, of timm's DropPath and of RDP's masks.
         watch: called as watch(step, model) before every step and after the last.
@@ -102,10 +108,9 @@ def train(
     """
     x, y = data
     torch.manual_seed(seed)
-    model = ToyNet(drop_path=drop_path if variant in VARIANTS[1:] else 0.0, **network)
+    model = ToyNet(drop_path=drop_path if variant in VARIANTS[1:] else 0.0, **network).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    model.train()
     rdp = None
     if variant == "rdp":
         rdp = timm_rdp.ResidualDropPath(model, seed=seed, example_input=x[:2])
