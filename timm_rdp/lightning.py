@@ -6,7 +6,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from timm_rdp.callbacks import TrainsWithRDP
-from timm_rdp.core.checks import find_drop_paths
+from timm_rdp.core.foreign import find_drop_paths
 
 try:
     from lightning.pytorch import Callback  # pyright: ignore
