@@ -204,7 +204,7 @@ def test_a_fixed_number_of_samples_is_kept(device):
             assert [int(mask.sum()) for mask in masks] == [kept]
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_no_update_waits_for_the_device(compiled, device):
     model = small_model("test_vit").to(device)
