@@ -60,6 +60,7 @@ def check_inductor(name, small, **options):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_updates_of_eager_in_one_graph():
     check_inductor("test_vit", small=True, cycles=30)
 

@@ -190,11 +190,11 @@ def train_with(rank, size, name, options):
     "name, batch, options",
     [
         ("test_vit", "same", {"accumulate": 2, "clip": 0.5}),
-        ("test_vit", "next", {"clip": 0.5}),
+        pytest.param("test_vit", "next", {"clip": 0.5}, marks=pytest.mark.slow),
         ("test_resnet", "same", {"clip": 0.5}),
         ("test_resnet", "next", {"accumulate": 2, "images": 8}),
         (COAT, "same", {}),
-        (COAT, "next", {"accumulate": 2, "clip": 0.5}),
+        pytest.param(COAT, "next", {"accumulate": 2, "clip": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_end_bitwise_equal_and_as_one_process_would(ranks, name, batch, options):
@@ -204,6 +204,7 @@ def test_ranks_end_bitwise_equal_and_as_one_process_would(ranks, name, batch, op
         check_one_process_agrees(results, name, batch=batch, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, batch", [("test_vit", "same"), ("test_resnet", "next")])
 def test_four_ranks_end_bitwise_equal_and_as_one_process_would(ranks, name, batch):
     options = {"batch": batch, "accumulate": 2, "clip": 0.5, "images": 8}
@@ -256,8 +257,8 @@ def test_attached_loop_equals_the_written_out_one(ranks, wrap, attach):
     "backend, wrap, graphs",
     [
         ("compiled inside", "before", 4),
-        ("compiled outside", "after", 4),
-        ("regions", "before", 16),
+        pytest.param("compiled outside", "after", 4, marks=pytest.mark.slow),
+        pytest.param("regions", "before", 16, marks=pytest.mark.slow),
         ("regions", "after", 16),
     ],
 )
@@ -482,7 +483,10 @@ def train_attached(rank, size, validated):
 @pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch before 2.6 has no FSDP2"
 )
-@pytest.mark.parametrize("when, size", [("before", 2), ("after", 2), ("after", 4)])
+@pytest.mark.parametrize(
+    "when, size",
+    [("before", 2), ("after", 2), pytest.param("after", 4, marks=pytest.mark.slow)],
+)
 def test_sharded_models_train_what_an_iteration_trains_and_as_one_process_would(ranks, when, size):
     results = ranks.run(train_sharded, when, size=size)
     (steps, parameters), *others = results

@@ -36,6 +36,7 @@ MOST_GRAPHS = {
     SWIN: 6 * 2 * 2,
 }
 SMALLER = {"test_vit": {"depth": 3}, CAIT: {"depth": 2}}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (CAIT, SWIN)]
 
 
 def pair(name, backend="aot_eager", dtype=torch.float32, **options):
@@ -47,7 +48,7 @@ def pair(name, backend="aot_eager", dtype=torch.float32, **options):
     return (eager, ResidualDropPath(eager)), (model, rdp)
 
 
-@pytest.mark.parametrize("name", MOST_GRAPHS)
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "convnext_atto", *SLOW])
 def test_updates_are_those_of_eager_in_a_few_graphs_per_kind_of_block(name):
     eager, compiled = pair(name, depth=6) if name == "test_vit" else pair(name)
     check_same_training(eager, compiled, name=name, tolerance=2e-5)
@@ -62,6 +63,7 @@ def test_inductor_gives_the_updates_of_eager(name):
     check_same_training(eager, compiled, name=name, cycles=12)
 
 
+@pytest.mark.slow
 def test_a_vit_of_twelve_blocks_needs_sixteen_graphs_and_none_after_cycle_30_of_200():
     model = timm.create_model(
         "vit_small_patch16_224",
@@ -222,8 +224,15 @@ class WithLoss(nn.Module):
         return nn.functional.cross_entropy(output, labels)
 
 
-@pytest.mark.parametrize("batches", ["next", "same"])
-@pytest.mark.parametrize("first", ["attach", "compile"])
+@pytest.mark.parametrize(
+    "first, batches",
+    [
+        ("attach", "same"),
+        ("compile", "next"),
+        pytest.param("attach", "next", marks=pytest.mark.slow),
+        pytest.param("compile", "same", marks=pytest.mark.slow),
+    ],
+)
 def test_attached_loop_gives_the_updates_of_the_eager_one(batches, first):
     states = []
     for compiled in (False, True):

@@ -933,6 +933,7 @@ def test_a_missing_library_is_named_with_how_to_install_it(missing, monkeypatch,
 # Several labels an image
 
 
+@pytest.mark.slow
 def test_multilabel_runs_are_compared_by_their_own_metric_which_is_named(
     labels, digits_folder, tmp_path, capsys, monkeypatch
 ):

@@ -284,6 +284,7 @@ def _wait_for_epoch_1(process: subprocess.Popen, log: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_signal_ends_all_ranks_with_a_checkpoint(digits_folder, tmp_path, fault):
     process, log = _torchrun(flags(digits_folder, tmp_path, *ENDLESS, "-b", 8), tmp_path)
     try:
