@@ -758,6 +758,17 @@ def test_a_model_that_cannot_be_trained_so_is_refused_in_one_line(what):
     assert [type(m) for m in model.modules()] == classes
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_patched_model_is_scripted_only_after_detach():
+    model = timm.create_model("test_vit", drop_path_rate=0.2, num_classes=2, scriptable=True)
+    rdp = ResidualDropPath(model)
+    with pytest.raises(RuntimeError) as error:
+        torch.jit.script(model)
+    assert one_line(error, "cannot be scripted", "detach()")
+    rdp.detach()
+    torch.jit.script(model)
+
+
 def test_a_model_is_patched_by_one_controller_at_a_time():
     model = small_model("test_vit")
     rdp = ResidualDropPath(model)

@@ -254,6 +254,9 @@ class MaskedDropPath(DropPath):
         if decisions is not None and weights is not None:
             self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("a patched model cannot be scripted: detach() it first")
+
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.
         state = {k: v for k, v in vars(self).items() if k not in ADDED}

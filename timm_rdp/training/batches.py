@@ -85,7 +85,6 @@ def to_device(
     mixup_fn: Callable | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """What timm's prefetcher would have done, where it is not in use; then the memory layout."""
-
     input, target = loaded
 
     def move(value: Any) -> Any:

@@ -29,7 +29,6 @@ from timm_rdp.training.state import RunState
 
 _logger = logging.getLogger(__name__)
 
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what its scheduler has already sent to every process.
 _SAME_SIGNAL_S = 1.0
