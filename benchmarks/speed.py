@@ -39,6 +39,9 @@ ROWS = (
     ("swin_tiny_patch4_window7_224", 0.2),
     ("efficientnet_b0", 0.2),
     ("mixer_s16_224", 0.1),
+    # Not measured unless they are asked for:
+    ("vit_tiny_patch16_224", 0.1),
+    ("vit_tiny_patch16_224", 0.4),
 )
 COLUMNS = ("droppath", "complement", "next", "same", "skip_dropped", "skip_fixed")
 
@@ -50,7 +53,7 @@ def main() -> None:
         print(peak_memory(args, args.peak_memory_of))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
+    rows = [ROWS[i] for i in args.rows or range(7)]
     if args.quick:
         rows = [("test_vit", 0.4)]
     results = []
@@ -71,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20, help="cycles per row")
-    parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number from 0")
+    parser.add_argument("--rows", type=int, nargs="*", help="which, by number (default: 0 to 6)")
     parser.add_argument(
         "--batch-sizes",
         type=int,

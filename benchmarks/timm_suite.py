@@ -41,6 +41,7 @@ EXCEPTIONS = {
     **dict.fromkeys(
         (
             "test_model_forward_torchscript",
+            "test_model_forward_fx_torchscript",
             "test_pruned_features_torchscript",
             "test_feature_getter_stage_ends_torchscript",
         ),

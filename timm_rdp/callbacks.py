@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_rdp.core.checks import unwrap
 from timm_rdp.core.rdp import ResidualDropPath
+from timm_rdp.core.same_batch import same_batch
 
 
 class TrainsWithRDP:
@@ -20,7 +21,7 @@ class TrainsWithRDP:
         seed, every, example_input: those of `ResidualDropPath`.
 
     Raises:
-        ValueError: when training starts, where the network cannot be trained so.
+        ValueError: for other values; when training starts, where the network cannot be trained so.
     """
 
     def __init__(
@@ -31,6 +32,9 @@ class TrainsWithRDP:
         every: int = 1,
         example_input: Any = None,
     ):
+        same_batch(batch, None)
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model= takes the name of a part, not a {type(model).__name__}")
         self.controller: ResidualDropPath | None = None  # while training
         self._batch, self._model = batch, model
         self._options = {"seed": seed, "every": every, "example_input": example_input}

@@ -55,7 +55,9 @@ class RDP(TrainsWithRDP, Callback):  # pyright: ignore
     def _find_network(self, module: Any) -> str | None:
         if self._model is None:
             found = [name for name, child in module.named_children() if find_drop_paths(child)]
-            if len(found) != 1:
+            if not found:
+                return "a module without DropPaths: create its network with drop_path_rate=0.1"
+            if len(found) > 1:
                 return f"{len(found)} children with DropPaths {found}: name one, RDP(model=...)"
             self._model = found[0]
         return None

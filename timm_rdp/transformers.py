@@ -20,11 +20,15 @@ class RDPCallback(TrainsWithRDP, TrainerCallback):  # pyright: ignore
 
     def __init__(self, trainer: Any, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        if not hasattr(trainer, "callback_handler"):
+            raise ValueError(f"RDPCallback takes the Trainer first, not a {type(trainer).__name__}")
         self._trainer = trainer
         self._calls: list[tuple[tuple, dict]] = []  # of training_step(), for the coming step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Patch the model and attach to the optimizer."""
+        if state is not self._trainer.state:
+            raise ValueError("this RDPCallback was made for another Trainer: make one for this")
         self.detach()
         self._state = state.stateful_callbacks.get(KEY, {})
         trainer, calls = self._trainer, self._calls

@@ -183,21 +183,27 @@ def one_line(error, *parts):
 
 
 def test_what_cannot_be_trained_so_is_refused_in_one_line(tmp_path):
-    manual, two, none, whole = Classifier(), Classifier(), Classifier(), Classifier()
+    manual, two, none = Classifier(), Classifier(), Classifier()
     manual.automatic_optimization = False
     two.teacher = small_model("test_vit")
     none.net = torch.nn.Linear(2, 2)
     for module, callback, parts in (
         (manual, RDP(), ["manual optimization", "attach()"]),
         (two, RDP(), ["2 children with DropPaths ['net', 'teacher']", "RDP(model=...)"]),
-        (none, RDP(), ["0 children with DropPaths"]),
-        (whole, RDP("other"), ["'other'", '"next" or "same"']),
+        (none, RDP(), ["without DropPaths", "drop_path_rate=0.1"]),
         (torch.compile(Classifier(), backend="eager"), RDP(), ["compiled as a whole"]),
     ):
         with pytest.raises(ValueError) as error:
             fit(module, [callback])
         assert one_line(error, *parts)
-    assert is_unpatched(whole.net)
+    assert is_unpatched(manual.net) and is_unpatched(two.net)
+    for options, parts in (
+        ({"batch": "other"}, ["'other'", '"next" or "same"']),
+        ({"model": two.net}, ["takes the name", "not a VisionTransformer"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            RDP(**options)
+        assert one_line(error, *parts)
 
 
 def test_the_network_can_be_named():

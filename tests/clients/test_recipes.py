@@ -140,8 +140,23 @@ def test_accelerates_accumulation_belongs_to_one_iteration(monkeypatch):
     assert same_bits(parameters_of(plain), written_out(4, "next", accumulate=5))
 
 
+def test_accelerates_accumulation_written_out():
+    accelerate = imported("accelerate")
+    names = set_up()
+    rdp, plain = ResidualDropPath(names["model"]), names["model"]
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer, batches = accelerator.prepare(
+        names["model"], names["optimizer"], names["loader"]
+    )
+    rdp.follow(model)
+    names |= {"accelerator": accelerator, "model": model, "optimizer": optimizer, "rdp": rdp}
+    for _ in range(4):
+        run("accelerate", "accumulation", names | {"micro_batches": [*batches]})
+    assert same_bits(parameters_of(plain), written_out(4, "same", accumulate=5))
+
+
 @pytest.mark.filterwarnings("ignore")  # Composer is of the days of torch 2.6
-def test_composer(monkeypatch):
+def test_composer(monkeypatch, tmp_path):
     imported("composer")
     from composer.models import ComposerModel
 
@@ -162,6 +177,10 @@ def test_composer(monkeypatch):
     run("composer", "recipe", names)
     assert names["trainer"].state.timestamp.batch == 5 and iterations.are_those_of(5, "same")
     assert same_bits(parameters_of(model.net), written_out(5, "same", clip=1.0))
+    monkeypatch.chdir(tmp_path)
+    state = names["rdp"].state_dict()
+    run("composer", "resume", names | {"torch": torch})
+    assert torch.load("rdp.pt") == state == names["rdp"].state_dict()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # few workers, and their like

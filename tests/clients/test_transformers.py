@@ -146,6 +146,12 @@ def test_what_cannot_be_trained_so_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         assert type(wrapper).__name__ in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="takes the Trainer first, not a VisionTransformer"):
+        RDPCallback(trainer.model)
+    other = made(tmp_path, small_model("test_vit"), OwnLoss)
+    other.add_callback(RDPCallback(trainer))
+    with pytest.raises(ValueError, match="made for another Trainer"):
+        other.train()
 
 
 def in_processes(rank, size, folder, how, accumulate):

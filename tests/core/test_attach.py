@@ -446,6 +446,18 @@ def test_an_optimizer_is_refused_before_anything_is_changed(make, parts):
     assert same_bits(parameters_of(model), parameters_of(written_out("test_vit", 6)))
 
 
+@pytest.mark.parametrize("held", ["all", "patched", "frozen"])
+def test_parameters_outside_of_the_patched_model_are_told_of(held, caplog):
+    network, head = small_model("test_vit"), torch.nn.Linear(10, 2)
+    head.requires_grad_(held != "frozen")
+    parameters = [*network.parameters()] + [*head.parameters()] * (held != "patched")
+    ResidualDropPath(network).attach(torch.optim.SGD(parameters, 0.01))
+    told = [r.message for r in caplog.records if "outside of the patched" in r.message]
+    assert len(told) == (held == "all")
+    if told:
+        assert "2 parameters" in told[0] and "VisionTransformer" in told[0]
+
+
 # What a complement iteration has nothing to train.
 
 

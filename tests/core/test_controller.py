@@ -765,8 +765,16 @@ def test_a_patched_model_is_scripted_only_after_detach():
     with pytest.raises(RuntimeError) as error:
         torch.jit.script(model)
     assert one_line(error, "cannot be scripted", "detach()")
-    rdp.detach()
-    torch.jit.script(model)
+    images, _ = batch("test_vit")
+    expected = model.eval()(images)
+    for plain in (copy.deepcopy(model), rdp.detach()):
+        assert same_bits(torch.jit.script(plain)(images), expected)
+
+
+def test_what_is_no_module_is_refused_in_one_line():
+    with pytest.raises(ValueError) as error:
+        ResidualDropPath("test_vit")
+    assert one_line(error, "a str is no torch.nn.Module")
 
 
 def test_a_model_is_patched_by_one_controller_at_a_time():

@@ -104,7 +104,7 @@ def test_the_hooks_refuse_what_they_cannot_do(recipe, capsys):
         with pytest.raises(SystemExit) as exit_:
             recipe.weights("hooks", "--rdp", *args)
         assert exit_.value.code == 2
-        assert capsys.readouterr().err.endswith("from the first epoch on\n")
+        assert capsys.readouterr().err.endswith("runs next, from the first epoch on\n")
 
 
 class Noted:
@@ -186,3 +186,30 @@ def test_a_second_optimizer_is_refused_and_the_first_stays_attached():
         noted.run("several optimizers")
     noted.run("accumulation")
     assert [bool(changed) for changed in noted.changes] == [False, False, False, True]
+
+
+def test_the_second_step_is_clipped_by_what_is_given():
+    names: dict = {"loader": None, "device": "cpu"}
+    exec(block("set-up"), names)
+    model, optimizer = names["model"].train(), names["optimizer"]
+    names["rdp"].detach()
+    rdp = ResidualDropPath(model)
+    norms: list[torch.Tensor] = []
+
+    def clip_grad_norm_(parameters, largest):
+        clipped = [p for p in parameters if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(clipped, largest)
+        norms.append(torch.stack([p.grad.norm() for p in clipped]).norm())
+
+    exec(block("clip"), names | {"rdp": rdp, "clip_grad_norm_": clip_grad_norm_})
+    for i in range(4):
+        images, labels = digit_images(4, start=4 * i)
+
+        def closure(images=images, labels=labels):
+            loss = 100 * names["loss_fn"](model(images), labels)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    assert norms and all(float(norm) < 1.001 for norm in norms)

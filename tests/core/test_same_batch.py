@@ -184,6 +184,25 @@ def test_where_no_loss_is_found_the_step_says_what_to_do():
     assert rdp._active is None
 
 
+def test_a_closure_without_the_batches_accumulated_before_is_refused():
+    model = small_model("test_vit")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    rdp = ResidualDropPath(model).attach(optimizer, batch="same")
+
+    def backward(start):
+        loss = loss_of(model, *batch("test_vit", start=start)) / 2
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"closure.*accumulation.*\"next\".*rdp.cycle\(\)"):
+        for step in range(STEPS):  # as Lightning does
+            optimizer.zero_grad()
+            backward(8 * step)
+            optimizer.step(lambda start=8 * step + 4: backward(start))
+    assert all(p.requires_grad for p in model.parameters())
+    assert rdp._active is None
+
+
 def test_validation_and_paused_forwards_are_not_repeated():
     def trained(attached):
         model = small_model("test_vit")

@@ -1,5 +1,6 @@
 """The iterations of a user's own loop, begun and ended by hooks."""
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from timm_rdp.core.drop_path import Hook, MaskedDropPath
 from timm_rdp.core.iteration import COMPLEMENT, DROPPATH, Iteration
 from timm_rdp.core.model_patch import ModelPatch
 from timm_rdp.core.same_batch import SameBatch
+
+_logger = logging.getLogger(__name__)
 
 
 class AttachedLoop:
@@ -41,11 +44,18 @@ class AttachedLoop:
         self._hooks: list[Any] = []
         self.aside: Any = None  # the iteration that was set aside
         self._versions, self._moves = 0, 0  # of the parameters during an iteration
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self._parameters):
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        own, kind = {id(p) for p in self._parameters}, type(controller.model).__name__
+        outside = sum(p.requires_grad and id(p) not in own for p in held)
+        if not any(id(p) in own for p in held):
             raise ValueError(
-                f"this {type(optimizer).__name__} holds no parameter of the patched "
-                f"{type(controller.model).__name__}: pass the optimizer that trains it"
+                f"this {type(optimizer).__name__} holds no parameter of the patched {kind}: pass "
+                "the optimizer that trains it"
+            )
+        if outside:
+            _logger.warning(
+                f"{outside} parameters outside of the patched {kind} train in both iterations: "
+                "patch the module that contains them too where they should not"
             )
 
     def hook(self, patch: ModelPatch, outermost: nn.Module) -> None:
@@ -72,10 +82,6 @@ class AttachedLoop:
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
-
-    def _forget(self) -> None:
-        if self._same is not None:
-            self._same.forget()
 
     def _is_noted(self) -> bool:
         it = self._controller._active
@@ -106,8 +112,8 @@ class AttachedLoop:
         elif torch.is_grad_enabled():
             if controller._active is None:
                 controller._enter(controller.iteration())
-                if self.aside is not None and not self._has_gradients():
-                    self._forget()  # what an epoch left over, and zero_grad() discarded
+                if self._same and self.aside is not None and not self._has_gradients():
+                    self._same.forget()  # what an epoch left over, and zero_grad() discarded
                 self.aside, self._moves = None, 0
                 self._versions = sum(p._version for p in self._parameters)
             elif not controller._active._entered_by_user:
@@ -142,8 +148,8 @@ class AttachedLoop:
             phase = controller._active.phase
             self._check_rates(controller._active)
             controller._leave(completed)
-            if not completed:
-                self._forget()
+            if self._same is not None and not completed:
+                self._same.forget()
             elif self._same is not None and phase == DROPPATH:
                 self._complement(optimizer, kwargs.get("closure", (*args, None, None)[1]))
 

@@ -24,7 +24,9 @@ def whole_number(argument: str, value: Any, least: int | None = None) -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile; ValueError for DataParallel."""
+    """The module inside DistributedDataParallel and torch.compile; ValueError for others."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a {type(model).__name__} is no torch.nn.Module: pass the model itself")
     while True:
         if isinstance(model, torch.nn.DataParallel):
             raise ValueError(

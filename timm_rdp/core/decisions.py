@@ -42,9 +42,10 @@ class Decisions:
         """
         told: dict[Any, list[Decision]]
         told = {m: [None] * m._calls for m in self._modules}
-        complement = it.phase == COMPLEMENT
         for path in self._paths:
-            told[path.module][path.call] = 1.0 if complement else _decision(it.dropped, path)
+            kept = 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
+            dropping = 0.0 if path.name in it.dropped else kept
+            told[path.module][path.call] = 1.0 if it.phase == COMPLEMENT else dropping
         weights: Mapping[Any, Any] = {}
         if whole:
             weights = self._as_tensors(told, device)
@@ -78,10 +79,3 @@ class Decisions:
                 self._scales[module, call] = decision, scale
             constants.append(scale)
         return constants
-
-
-def _decision(dropped: frozenset[str], path: Path) -> float:
-    """What the path's DropPath does in a droppath iteration (see drop_path.Decision)."""
-    if path.name in dropped:
-        return 0.0
-    return 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0

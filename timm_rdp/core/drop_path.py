@@ -5,6 +5,7 @@ one sample instead of the batch: everything behind them costs next to nothing, a
 returns full-size zeros. A path whose samples are dropped one by one is handed those that it keeps.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -255,7 +256,11 @@ class MaskedDropPath(DropPath):
             self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError("a patched model cannot be scripted: detach() it first")
+        if self._owner is not None and self._owner() is not None:
+            raise RuntimeError("a patched model cannot be scripted: detach() it first")
+        plain = copy.copy(self)
+        setattr(plain, "__class__", self._kind.type)  # noqa: B010
+        return plain
 
     def __getstate__(self) -> dict:
         # A copy (EMA, pickle) stands on its own: it belongs to no controller and to no iteration.

@@ -18,8 +18,6 @@ from timm_rdp.core.paths import Path
 from timm_rdp.core.same_batch import same_batch
 from timm_rdp.core.trace import trace_paths
 
-__all__ = ["COMPLEMENT", "DROPPATH", "Iteration", "ResidualDropPath"]
-
 
 class ResidualDropPath:
     """Trains a model with ResidualDroppath: patches it, and hands out the iterations to run.

@@ -128,7 +128,7 @@ def compiled_regions(model: nn.Module, graph: PathGraph) -> dict[str, Region] | 
     outermost = [n for n in compiled if sum(_is_within(n, other) for other in compiled) == 1]
     regions = {}
     for name in outermost:
-        inside = sum(_is_within(_module_name(p), name) for p in graph.paths)
+        inside = sum(_is_within(p.name.partition("#")[0], name) for p in graph.paths)
         if inside and (not name or inside > most):
             return None
         call = compiled[name]._compiled_call_impl
@@ -139,7 +139,7 @@ def compiled_regions(model: nn.Module, graph: PathGraph) -> dict[str, Region] | 
 
 def _around(modules: dict[str, nn.Module], graph: PathGraph, path: Path) -> str:
     """Name of the smallest module that is called and holds a path."""
-    name = _module_name(path)
+    name = path.name.partition("#")[0]
     owners = [n.rpartition(".")[0] for n in path.parameters]
     inside = graph.entrances(path.name) or owners
     while name and (
@@ -149,10 +149,6 @@ def _around(modules: dict[str, nn.Module], graph: PathGraph, path: Path) -> str:
     ):
         name = name.rpartition(".")[0]
     return name
-
-
-def _module_name(path: Path) -> str:
-    return path.name.partition("#")[0]
 
 
 def _is_within(name: str, region: str) -> bool:

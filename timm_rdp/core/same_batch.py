@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ _NO_LOSS = (
     'batch="same" repeats the calls of {model}, and finds no loss in what they return (a scalar, '
     '["loss"] or .loss) that backward() went through: follow() the module that returns it, pass '
     "step() a closure, or write the loop as `for it in rdp.cycle(): with it: ...`"
+)
+_SHORT_CLOSURE = (
+    "step() was passed a closure that does not hold all batches of this iteration (accumulation): "
+    'use batch="next", or write the loop as `for it in rdp.cycle(): with it: ...`'
 )
 
 
@@ -46,12 +50,14 @@ class SameBatch:
         self.again: Callable[[], Any] | None = None  # a trainer's forward and backward, once more
         self._clip = clip
         self._calls: list[_Call] = []
+        self._repeated = 0  # calls in the complement iteration
         self._module: Any = None
 
     def watch(self, module: nn.Module, is_noted: Callable[[], bool]) -> Any:
         """Note the calls of the module that returns the loss, while `is_noted()`."""
 
         def note(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self._repeated += 1
             if self.again is None and is_noted():
                 self._note(args, kwargs, output)
 
@@ -78,11 +84,17 @@ class SameBatch:
     def train(self, optimizer: Optimizer, closure: Callable | None) -> None:
         """Forward, backward and step on the noted calls, or on the closure's."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        with _without_gradients(parameters), torch.enable_grad():
+        self._repeated = 0
+        for parameter in parameters:  # as zero_grad() leaves it
+            parameter.grad = None
+        with torch.enable_grad():
             if self.again is not None:
                 self.again()
             elif closure is not None:
                 closure()
+                if self._repeated < len(self._calls):
+                    self.forget()
+                    raise RuntimeError(_SHORT_CLOSURE)
             else:
                 self._repeat()
             self.forget()
@@ -90,6 +102,8 @@ class SameBatch:
                 if self._clip is not None:
                     self._clip()
                 optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
 
     def _repeat(self) -> None:
         if not self._calls or any(call.gradient is None for call in self._calls):
@@ -109,16 +123,6 @@ class SameBatch:
             yield torch.autocast(kind, dtype=dtype, enabled=enabled)
         if not call.synchronises:
             yield self._module.no_sync()
-
-
-@contextmanager
-def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Begin and end with no gradient, as zero_grad() leaves it."""
-    for parameter in parameters:
-        parameter.grad = None
-    yield
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def _unscale(gradients: list[Tensor]) -> bool:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-
 
 def best_device() -> str:
     """The type of the accelerator that is here, else "cpu"."""
@@ -49,12 +47,12 @@ def allow_graphs(count: int) -> None:
 
 def blocks_share_graphs() -> bool:
     """Whether dynamo makes one graph of all blocks that differ in nothing but their parameters."""
-    return _TORCH >= (2, 5)
+    return torch.__version__ >= "2.5"
 
 
 def guards_on_freezing() -> bool:
     """Whether what is compiled notices by itself that parameters were frozen since."""
-    return _TORCH >= (2, 12)
+    return torch.__version__ >= "2.12"
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:

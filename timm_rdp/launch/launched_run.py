@@ -238,7 +238,8 @@ class LaunchedRun:
             raise self.refuse(f"ResidualDroppath's state in the checkpoint: {error}") from None
         if (then := {name: saved.get(name) for name in given}) != given:
             _logger.warning(f"the checkpoint is from {then}, this run goes on with {given}")
-        _logger.info(f"ResidualDroppath goes on at cycle {saved['cycle']} ({saved['phase']})")
+        if saved["masks"]:
+            _logger.info(f"ResidualDroppath goes on at cycle {saved['cycle']} ({saved['phase']})")
 
     def refuse(self, message: str) -> UsageError:
         """An error to raise; kept, so that a script that swallows it cannot hide it."""

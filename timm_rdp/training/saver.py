@@ -20,8 +20,6 @@ from timm_rdp.errors import TrainingError
 
 _logger = logging.getLogger("timm_rdp.training")
 
-_BUFFER_BYTES = 1 << 20
-
 
 class _NotingFile(io.FileIO):
     """A file that keeps its error: torch reports that a write failed, but not why."""
@@ -62,7 +60,7 @@ class Saver(utils.CheckpointSaver):
         file = None
         try:
             file = _NotingFile(save_path, "wb")
-            with io.BufferedWriter(file, _BUFFER_BYTES) as buffered:  # torch writes in small pieces
+            with io.BufferedWriter(file, 1 << 20) as buffered:  # torch writes in small pieces
                 super()._save(buffered, epoch, metric)
                 buffered.flush()
                 os.fsync(file.fileno())

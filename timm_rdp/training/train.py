@@ -5,13 +5,13 @@ import json
 import logging
 import logging.handlers
 import math
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from timm import utils
@@ -147,9 +147,12 @@ def fit(
     except Stopped as stopped:
         status = 128 + stopped.signum
         if outputs is not None:
+            folder, name = (
+                shlex.quote(part) for part in os.path.split(os.path.normpath(outputs.folder))
+            )
             _logger.info(
                 f"{stopped} in epoch {state.epoch}, after {state.updates_done} updates: continue "
-                f"with {_in_place(outputs)} --resume auto"
+                f"with --output {folder} --experiment {name} --resume auto"
             )
     except (RuntimeError, OSError) as error:
         reason = _reason_to_stop(error, args.distributed)
@@ -168,11 +171,6 @@ def fit(
     if status == 0 and outputs is not None:
         _tell_results(outputs, results, parts.eval_metric)
     return status
-
-
-def _in_place(outputs: Outputs) -> str:
-    folder = Path(outputs.folder)
-    return f"--output {shlex.quote(str(folder.parent))} --experiment {shlex.quote(folder.name)}"
 
 
 def _reason_to_stop(error: RuntimeError | OSError, distributed: bool) -> str | None:

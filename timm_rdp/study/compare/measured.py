@@ -33,21 +33,18 @@ def measure_runs(folders: Sequence[Path], count: int, device: str) -> None:
     missing = [folder for folder in folders if not read_measures(folder, count)]
     for folder in tqdm(missing, "measuring", unit="run", leave=False, disable=None):
         found = {"asked": count, **_measure_run(folder, count, device)}
-        write_atomically(str(_file(folder)), (json.dumps(found, indent=2) + "\n").encode())
+        write_atomically(f"{folder}.measures.json", (json.dumps(found, indent=2) + "\n").encode())
 
 
 def read_measures(folder: Path, count: int) -> dict[str, Any]:
     """What was measured of a run on so many images (see measures.measure); {} where nothing was."""
-    if not _file(folder).exists():
+    file = Path(f"{folder}.measures.json")
+    if not file.exists():
         return {}
-    with refused_with(f"{_file(folder)} is damaged, delete it"):
-        found = json.loads(_file(folder).read_text())
+    with refused_with(f"{file} is damaged, delete it"):
+        found = json.loads(file.read_text())
         found["removed"] = {int(k): scores for k, scores in found["removed"].items()}
         return found if found["asked"] == count else {}
-
-
-def _file(folder: Path) -> Path:
-    return Path(f"{folder}.measures.json")
 
 
 def _measure_run(folder: Path, count: int, device: str) -> dict[str, Any]:
