@@ -13,6 +13,7 @@ that were measured. Writes speed.csv, speed.md and speed.png.
 import argparse
 import csv
 import gc
+import math
 import os
 import platform
 import statistics
@@ -373,7 +374,7 @@ def line_of(row: dict, title: str) -> str:
             text += f" ± {row[f'{kind}_spread']:.2f}"
         if f"{kind}_predicted" in row:
             text += f" ({row[f'{kind}_predicted']:.2f})"
-        cells.append(text)
+        cells.append("" if math.isnan(row[kind]) else text)
     return f"| {' | '.join(cells)} |"
 
 
