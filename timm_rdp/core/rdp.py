@@ -239,7 +239,7 @@ class ResidualDropPath:
 
         Raises:
             ValueError: already attached, or the optimizer cannot be followed, or another `batch`.
-            RuntimeError: in the step, where "same" finds no loss.
+            RuntimeError: in the step, where "same" finds no loss, or not all of it in the closure.
         """
         self._check_in_use()
         if self._loop is not None:
