@@ -84,7 +84,7 @@ def test_every_command_begins_its_errors_alike(capsys, command):
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "argv", [["--help"], ["paths", "--model", "test_vit"], ["train", "--help"]], ids=" ".join
 )

@@ -522,9 +522,8 @@ def drive(name, examples, steps, phases=(Phase.generate,)):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_rules_hold_after_any_sequence_of_calls(name):
-    drive(name, examples=13, steps=12)
+def test_the_rules_hold_after_any_sequence_of_calls():
+    drive("test_vit", examples=13, steps=12)
 
 
 @pytest.mark.slow

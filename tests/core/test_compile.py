@@ -34,9 +34,9 @@ def compiled_pair(name, backend="aot_eager", order="given", small=True, dtype=to
     "name, order",
     [
         ("test_vit", "given"),
-        ("test_vit", "followed"),
+        pytest.param("test_vit", "followed", marks=pytest.mark.slow),
         ("test_resnet", "followed"),
-        (CAIT, "given"),
+        pytest.param(CAIT, "given", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_updates_are_those_of_eager_in_one_graph(name, order):
@@ -148,6 +148,7 @@ def test_outside_iterations_and_in_eval_mode_it_is_the_unpatched_model_compiled(
             compiled.train()
 
 
+@pytest.mark.slow
 def test_iterations_may_alternate_with_plain_training_and_evaluation_in_few_graphs():
     eager, compiled = compiled_pair("test_vit")
     outputs = []

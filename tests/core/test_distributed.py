@@ -192,8 +192,8 @@ def train_with(rank, size, name, options):
         ("test_vit", "same", {"accumulate": 2, "clip": 0.5}),
         pytest.param("test_vit", "next", {"clip": 0.5}, marks=pytest.mark.slow),
         ("test_resnet", "same", {"clip": 0.5}),
-        ("test_resnet", "next", {"accumulate": 2, "images": 8}),
-        (COAT, "same", {}),
+        pytest.param("test_resnet", "next", {"accumulate": 2, "images": 8}, marks=pytest.mark.slow),
+        pytest.param(COAT, "same", {}, marks=pytest.mark.slow),
         pytest.param(COAT, "next", {"accumulate": 2, "clip": 0.5}, marks=pytest.mark.slow),
     ],
 )
@@ -256,7 +256,7 @@ def test_attached_loop_equals_the_written_out_one(ranks, wrap, attach):
 @pytest.mark.parametrize(
     "backend, wrap, graphs",
     [
-        ("compiled inside", "before", 4),
+        pytest.param("compiled inside", "before", 4, marks=pytest.mark.slow),
         pytest.param("compiled outside", "after", 4, marks=pytest.mark.slow),
         pytest.param("regions", "before", 16, marks=pytest.mark.slow),
         ("regions", "after", 16),

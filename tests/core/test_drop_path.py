@@ -442,7 +442,16 @@ def forward_and_backward(model, images):
     return loss.detach(), masks
 
 
-@pytest.mark.parametrize("family", SINGLE_CALLS + MULTIPLE_CALLS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(SINGLE_CALLS[:1] + MULTIPLE_CALLS[:1]),
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in SINGLE_CALLS[1:] + MULTIPLE_CALLS[1:]
+        ),
+    ],
+)
 def test_gradient_checkpointing_gives_the_same_gradients_as_without(family):
     name, size, options = FAMILIES[family]
     images = digit_images(3, size)[0].double()

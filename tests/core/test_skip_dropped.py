@@ -304,5 +304,5 @@ def test_the_training_script_takes_a_fixed_number_compiled_too(digits_folder, tm
     config = tmp_path / "old.yaml"
     config.write_text("skip_dropped: true\n")
     flags = ("--drop-path", 0.5, "--skip-dropped", "fixed", "--torchcompile", "aot_eager")
-    runs.run(digits_folder, tmp_path, *flags, "-c", config, "--experiment", "fixed")
+    runs.run(digits_folder, tmp_path, *runs.VIT, *flags, "-c", config, "--experiment", "fixed")
     assert float(runs.rows(tmp_path / "fixed")[0]["train_loss"]) > 0

@@ -587,7 +587,7 @@ def ranks(tmp_path_factory):
     processes.stop()
 
 
-@pytest.mark.parametrize("first", ["ddp", "optimizer"])
+@pytest.mark.parametrize("first", ["ddp", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_a_launched_script_trains_under_distributed_data_parallel(scripts, ranks, first):
     out = str(scripts.folder / "out")
     path = scripts.write(DISTRIBUTED.replace("FIRST", repr(first)))

@@ -377,7 +377,9 @@ def spent(rate: float, cycles: int) -> tuple[float, float, float, float]:
     return update, droppath, complement, 1 - none
 
 
-@pytest.mark.parametrize("every, start", [(1, 0), (2, 0), (1, 4)])
+@pytest.mark.parametrize(
+    "every, start", [(1, 0), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2, 0), (1, 4)))]
+)
 def test_matched_epochs_cost_the_flops_that_rdp_costs(
     stubbed, digits_folder, every, start, monkeypatch
 ):
@@ -969,6 +971,7 @@ def test_a_lower_loss_is_better(stubbed, capsys, monkeypatch):
 # Measures
 
 
+@pytest.mark.slow
 def test_runs_are_measured_from_their_checkpoints_once(
     tmp_path, digits_folder, monkeypatch, capsys
 ):

@@ -56,6 +56,7 @@ def test_a_signal_ends_the_run_after_the_cycle_with_a_checkpoint(
     fault(f"{signal.Signals(signum).name}, once")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(digits_folder, tmp_path, start, fault):
     slow = ("--model", "vit_base_patch16_224", "-b", 10, "--rdp")
     process = start(*flags(digits_folder, tmp_path, *slow))
@@ -298,6 +299,7 @@ def test_under_torchrun_a_signal_ends_all_ranks_with_a_checkpoint(digits_folder,
     fault("SIGTERM to torchrun")
 
 
+@pytest.mark.slow
 def test_torchrun_names_the_rank_that_died(digits_folder, tmp_path, fault):
     argv = flags(digits_folder, tmp_path, *ENDLESS, "-b", 8)
     process, log = _torchrun(argv, tmp_path)

@@ -56,7 +56,9 @@ def test_any_command_line_gives_options_or_one_line(argv):
         assert args_text(args)
 
 
-@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize(
+    "value", [*ODD[::2], *(pytest.param(value, marks=pytest.mark.slow) for value in ODD[1::2])]
+)
 def test_any_odd_value_of_any_flag_gives_options_or_one_line(value):
     for name in NAMES:
         try:

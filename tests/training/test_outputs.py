@@ -202,6 +202,7 @@ def test_wandb_gets_the_rows_of_the_summary(digits_folder, tmp_path, monkeypatch
     assert [str(row["train_loss"]) for row in logged[1:]] == [r["train_loss"] for r in rows(folder)]
 
 
+@pytest.mark.slow
 def test_wandb_itself_logs_offline(digits_folder, tmp_path):
     """In a process of its own: wandb starts threads and leaves warnings behind."""
     pytest.importorskip("wandb")

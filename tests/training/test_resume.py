@@ -78,7 +78,16 @@ def assert_same_end(one: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("epoch, update", [(0, 0), (1, 1), (1, 2), (2, 0)])
-@pytest.mark.parametrize("case", ["same", "next", "plain", "no prefetcher", "own data stream"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "same",
+        "next",
+        "own data stream",
+        pytest.param("plain", marks=pytest.mark.slow),
+        pytest.param("no prefetcher", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stopped_anywhere_and_resumed_ends_bitwise_as_one_never_stopped(
     case, epoch, update, whole_runs, digits_folder, tmp_path, monkeypatch
 ):

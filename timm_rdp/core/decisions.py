@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_rdp.core.drop_path import Decision, MaskedDropPath
-from timm_rdp.core.iteration import COMPLEMENT, Iteration
+from timm_rdp.core.iteration import DROPPATH, Iteration
 from timm_rdp.core.paths import Path
 
 
@@ -24,10 +24,13 @@ class Decisions:
     """
 
     def __init__(self, modules: Iterable[MaskedDropPath], paths: Iterable[Path]):
-        self._modules = [*modules]
         self._paths = [p for p in paths if p.residual]
         self._scales: dict[tuple[MaskedDropPath, int], tuple[float, Tensor]] = {}
         self._weights = torch.ones(0)
+        # What a complement iteration tells them, and what is not around a residual in any.
+        self._kept: dict[Any, list[Decision]] = {m: [None] * m._calls for m in modules}
+        for path in self._paths:
+            self._kept[path.module][path.call] = 1.0
 
     def tell(
         self, it: Iteration, device: torch.device, whole: bool, in_regions: Iterable[Any]
@@ -40,12 +43,10 @@ class Decisions:
             whole: the model is compiled as a whole.
             in_regions: the modules that are compiled with a region.
         """
-        told: dict[Any, list[Decision]]
-        told = {m: [None] * m._calls for m in self._modules}
-        for path in self._paths:
+        told = {m: [*calls] for m, calls in self._kept.items()}
+        for path in self._paths if it.phase == DROPPATH else ():
             kept = 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
-            dropping = 0.0 if path.name in it.dropped else kept
-            told[path.module][path.call] = 1.0 if it.phase == COMPLEMENT else dropping
+            told[path.module][path.call] = 0.0 if path.name in it.dropped else kept
         weights: Mapping[Any, Any] = {}
         if whole:
             weights = self._as_tensors(told, device)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_rdp.core import regions
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.decisions import Decisions
-from timm_rdp.core.drop_path import Hook, MaskedDropPath
+from timm_rdp.core.drop_path import Hook
 from timm_rdp.core.foreign import patch, unpatch
 from timm_rdp.core.iteration import COMPLEMENT, Iteration
 from timm_rdp.core.paths import Path, PathGraph
@@ -47,10 +47,7 @@ class ModelPatch:
         self._regions: dict[str, Region] = {}  # by the names of all modules within them
         self._hooks: list[Any] = []
         self._trainable: frozenset[str] | None = None
-        # What the patch is for: the dicts of modules and parameters of all modules that have some.
-        dicts = [(m._modules, m._parameters) for m in model.modules()]
-        self._dicts = [d for pair in dicts if any(pair) for d in pair]
-        self._known = self._now()
+        self._remember()
         # What turn_off() sets back.
         self._frozen: dict[str, nn.Parameter] = {}
         self._resting: list[nn.Module] = []
@@ -115,33 +112,40 @@ class ModelPatch:
         # A copy is of the model inside the wrappers, and no iteration of this one is its own.
         empty = {"_hooks": [], "_iteration_hooks": [], "_saved_buffers": [], "_resting": []}
         alone = {"compiled": False, "_regions": {}, "_reducer": None, "_trainable": None}
-        return {**vars(self), **alone, **empty}
+        # Views of dicts cannot be copied: `changed` is to look for itself.
+        return {**vars(self), **alone, **empty, "_filled": (), "_empty": [...]}
 
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
         self.turn_off()
-        self._known = self._now()
         for module in self.drop_paths.values():
             module._owner = weakref.ref(owner)
 
-    def frozen(self) -> set[str]:
-        """The names of the parameters that do not require a gradient."""
-        return {n for n, p in self.parameters.items() if not p.requires_grad}
+    def frozen(self, names: frozenset[str]) -> set[str]:
+        """Those of these parameters that do not require a gradient."""
+        return {n for n, p in self.parameters.items() if n in names and not p.requires_grad}
 
-    def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._dicts))]
+    def _remember(self) -> None:
+        """What the patch is for: all that `changed` looks at in every iteration."""
+        dicts = [d for m in self._model.modules() for d in (m._modules, m._parameters)]
+        self._empty = [d for d in dicts if not d]
+        self._filled = [*(d.values() for d in dicts if d), (...,)]  # the end, where one grows
+        self._known = [*chain.from_iterable(self._filled)]
 
     def changed(self) -> str | None:
         """The name of a parameter or module that the model did not have when it was patched."""
-        found = self._now()
-        if len(found) == len(self._known) and all(map(operator.is_, found, self._known)):
+        found = chain.from_iterable(self._filled)
+        if not any(self._empty) and all(map(operator.is_, found, self._known)):
             return None
         for module in self._modules.values():
             if hasattr(module, "reshard"):  # FSDP2 leaves whole parameters behind an evaluation
                 module.reshard()  # pyright: ignore
         then = {**self._modules, **self.parameters}
         now = dict([*self._model.named_modules(), *self._model.named_parameters()])
-        return next((name for name in [*now, *then] if now.get(name) is not then.get(name)), None)
+        name = next((n for n in [*now, *then] if now.get(n) is not then.get(n)), None)
+        if name is None:
+            self._remember()
+        return name
 
     def beginning(self) -> list[nn.Module | Region]:
         """Where its first path begins, which forward_features() does not go around."""
@@ -168,18 +172,23 @@ class ModelPatch:
             for path in paths:  # what is dropped is handed one sample, where that can be done
                 for entrance in path.entrances:
                     if entrance not in self._regions:  # where it is not in the graph
-                        hook = partial(_patched(path).pass_on_one_sample, path.call)
+                        module = self.drop_paths[path.name.partition("#")[0]]
+                        hook = partial(module.pass_on_one_sample, path.call)
                         self._hook_forward(self._modules[entrance], hook)
             self._hook_forward(self._model, partial(self._begin_forward, paths))
             self._iteration_hooks.append(self._model.register_forward_hook(Hook(self._end_forward)))
-        self._trainable = it.trainable
-        for name in self.names - it.trainable:
-            parameter = self.parameters[name]
+        trainable = it.trainable
+        for name, parameter in self.parameters.items():
+            if name in trainable:
+                if parameter.requires_grad:
+                    continue
+                it.trainable -= {name}  # the user froze it since
             # A zero gradient would still let weight decay and momentum move the parameter.
             parameter.grad = None
             if parameter.requires_grad and not self.compiled:
                 parameter.requires_grad_(False)  # raises within torch.func's transformations
                 self._frozen[name] = parameter
+        self._trainable = it.trainable
         if self._probes != {}:  # a few parameters that the optimizer is to leave alone
             some = [n for n in self.parameters if n not in it.trainable and it.phase == COMPLEMENT]
             some = some[:: len(some) // 8 + 1]
@@ -193,8 +202,7 @@ class ModelPatch:
         Args:
             aside: the backward pass of what was run so far may yet come.
         """
-        trainable = self._trainable or ()
-        meanwhile = {n for n in trainable if not self.parameters[n].requires_grad}
+        meanwhile = self.frozen(self._trainable or frozenset())
         for name, parameter in self._frozen.items():
             if not (meanwhile and self._is_frozen_with(name, meanwhile)):
                 parameter.requires_grad = True
@@ -206,8 +214,7 @@ class ModelPatch:
             hook.remove()
         for region in self._regions.values():
             region.resting = []
-        self._frozen = {}
-        self._resting, self._saved_buffers, self._iteration_hooks = [], [], []
+        self._frozen, self._resting, self._saved_buffers, self._iteration_hooks = {}, [], [], []
         for module in self.drop_paths.values():
             module.decide(None)
         if not aside:
@@ -309,12 +316,5 @@ class ModelPatch:
         self._in_train_mode.add(not asleep)
 
     def _end_forward(self, *_: object) -> None:
-        for name, module in self.drop_paths.items():
-            if module._call not in (0, module._calls):
-                self._called_otherwise = name
-                return
-
-
-def _patched(path: Path) -> MaskedDropPath:
-    assert isinstance(path.module, MaskedDropPath)
-    return path.module
+        odd = (n for n, m in self.drop_paths.items() if m._call not in (0, m._calls))
+        self._called_otherwise = next(odd, self._called_otherwise)

@@ -157,10 +157,11 @@ class ResidualDropPath:
         if self.phase == DROPPATH:
             kept = sample_masks(self.seed, self.current_cycle, [p.drop_prob for p in self.paths])
             dropped = frozenset(p.name for p, k in zip(self.paths, kept, strict=True) if not k)
-        complement = self.phase == COMPLEMENT
-        part = self._second_part(dropped) if complement else self.dropped_part(dropped)
-        trainable = (part if complement else self._patch.names - part) - self._patch.frozen()
-        return Iteration(self.phase, self.current_cycle, dropped, trainable, self)
+            part = self._patch.names - self.dropped_part(dropped)
+        else:
+            part = self._second_part(dropped)
+        part -= self._patch.frozen(part)
+        return Iteration(self.phase, self.current_cycle, dropped, part, self)
 
     def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
         """What a cycle that dropped these paths trains second; ablations override it."""
@@ -285,8 +286,6 @@ class ResidualDropPath:
         if (it.cycle, it.phase) != (self.current_cycle, self.phase):
             raise RuntimeError(f"{it} is over: get the next one from iteration() or cycle()")
         self._patch.check_unchanged()
-        # What the user froze since the iteration was asked for does not train either.
-        it.trainable -= self._patch.frozen()
         self._patch.turn_on(it)
         self._active = it
         self._begin(it)
