@@ -633,6 +633,13 @@ def with_another_parameter(model):
     model.blocks[5].mlp.fc1.weight = torch.nn.Parameter(model.blocks[5].mlp.fc1.weight.data.clone())
 
 
+def with_a_parameter_where_none_was(model):
+    module = model.blocks[5].mlp.norm
+    assert not module._modules and not module._parameters
+    module.scale = torch.nn.Parameter(torch.ones(()))
+    module.register_forward_hook(lambda module, _, output: output * module.scale)
+
+
 def with_a_new_head(model):
     model.reset_classifier(10)
 
@@ -644,6 +651,7 @@ def with_a_new_head(model):
         (with_low_rank, "blocks.5.mlp.fc1"),
         (with_weight_norm, "blocks.5.mlp.fc1"),
         (with_another_parameter, "blocks.5.mlp.fc1.weight"),
+        (with_a_parameter_where_none_was, "blocks.5.mlp.norm.scale"),
         (with_a_new_head, "head"),
     ],
 )

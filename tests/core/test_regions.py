@@ -57,9 +57,10 @@ def test_updates_are_those_of_eager_in_a_few_graphs_per_kind_of_block(name):
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_updates_of_eager():  # more models in test_gpu.py, on the CPU too
-    eager, compiled = pair("test_vit", "inductor", torch.float64)
-    check_same_training(eager, compiled, name="test_vit", cycles=12)
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_inductor_gives_the_updates_of_eager(name):
+    eager, compiled = pair(name, "inductor", torch.float64)
+    check_same_training(eager, compiled, name=name, cycles=12)
 
 
 @pytest.mark.slow
