@@ -707,6 +707,14 @@ def test_a_run_whose_folder_was_removed_is_trained_again(stubbed, capsys):
     assert {r["status"] for r in read(stubbed.output / "runs.csv")} == {"done"}
 
 
+def test_epochs_without_a_validation_have_no_row_and_count(finished):
+    table = "epoch,train_loss,eval_loss,eval_top1\n1,1,1,77"  # --val-interval 2
+    (finished.output / "runs" / "rdp-0.1-seed0" / "summary.csv").write_text(table)
+    assert finished("--seeds", 1) == 0 and finished.calls() == []
+    row = next(r for r in read(finished.output / "runs.csv") if r["variant"] == "rdp")
+    assert (row["status"], row["epochs"], row["top1"]) == ("done", "2", "77")
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["report", "same command"])
 @pytest.mark.parametrize(
     "name, content",

@@ -37,10 +37,10 @@ def read_results(output: Path, grid: dict[str, Any], pick: str) -> list[Result]:
         record = runs.read_record(folder)
         measured = dict.fromkeys(columns)
         if record["status"] == runs.DONE:
-            rows = runs.read_summary(folder)
+            epochs, rows = runs.read_summary(folder)
             with runs.damage_named(folder):
-                if len(rows) != record["epochs"]:
-                    raise ValueError(f"{len(rows)} of {record['epochs']} epochs")
+                if epochs != record["epochs"]:
+                    raise ValueError(f"{epochs} of {record['epochs']} epochs")
                 best = max(rows, key=lambda row: merit(float(row[columns[metric]]), metric))
                 row = best if pick == "best" else rows[-1]
                 measured = {name: float(row[column]) for name, column in columns.items()}

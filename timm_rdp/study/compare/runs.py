@@ -111,7 +111,7 @@ def training_of(
 def read_record(folder: Path) -> dict[str, Any]:
     """What became of a run: seconds (None where part was not measured), epochs, error, status."""
     status = INTERRUPTED if folder.is_dir() else NOT_BEGUN
-    epochs = len(read_summary(folder))
+    epochs, _ = read_summary(folder)
     unfinished = {"seconds": None, "epochs": epochs, "error": "", "status": status}
     file = Path(f"{folder}.json")
     if not file.exists():
@@ -126,14 +126,12 @@ def damage_named(folder: Path) -> AbstractContextManager[None]:
     return refused_with(f"{folder / SUMMARY} is damaged, delete {folder}")
 
 
-def read_summary(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv, one an epoch; none without the file."""
+def read_summary(folder: Path) -> tuple[int, list[dict[str, str]]]:
+    """How many epochs a run's summary.csv goes up to, and its rows; none without the file."""
     with damage_named(folder):
         text = (folder / SUMMARY).read_text() if (folder / SUMMARY).exists() else ""
-        rows = list(csv.DictReader(text.splitlines()))
-        if [int(row["epoch"]) for row in rows] != list(range(len(rows))):
-            raise ValueError("epochs are missing")
-        return rows
+        rows = list(csv.DictReader(text.splitlines()))  # one a validation, see --val-interval
+        return max((int(row["epoch"]) + 1 for row in rows), default=0), rows
 
 
 def slot_environments(jobs: int, device: str) -> list[dict[str, str]]:
@@ -225,7 +223,7 @@ def _start(training: Training, environment: Mapping[str, str], lock: int) -> sub
 def _finish(training: Training, code: int, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
     folder = training.folder
-    status, error, seconds, epochs = DONE, "", None, len(read_summary(folder))
+    status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
     if code or epochs < training.epochs:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
