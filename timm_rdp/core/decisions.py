@@ -43,8 +43,9 @@ class Decisions:
             whole: the model is compiled as a whole.
             in_regions: the modules that are compiled with a region.
         """
-        told = {m: [*calls] for m, calls in self._kept.items()}
-        for path in self._paths if it.phase == DROPPATH else ():
+        drops = it.phase == DROPPATH
+        told = {m: [*calls] for m, calls in self._kept.items()} if drops else self._kept
+        for path in self._paths if drops else ():
             kept = 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
             told[path.module][path.call] = 0.0 if path.name in it.dropped else kept
         weights: Mapping[Any, Any] = {}
@@ -53,7 +54,10 @@ class Decisions:
         elif in_regions:
             weights = {m: self._as_constants(m, told[m], device) for m in in_regions}
         for module, decisions in told.items():
-            module.decide(decisions, weights.get(module), device)
+            if module in weights:
+                module.decide(decisions, weights[module], device)
+            else:  # nn.Module's own __setattr__ would be most of what an iteration costs
+                vars(module).update(_decisions=decisions, _call=0)
 
     def _as_tensors(
         self, told: dict[MaskedDropPath, list[Decision]], device: torch.device

@@ -58,7 +58,7 @@ class MaskedDropPath(DropPath):
     """DropPath with `masks`; outside an iteration it computes bit for bit what timm's computes."""
 
     _kind: ClassVar[Kind] = Kind(DropPath)
-    _decisions: tuple[Decision, ...] | None = None
+    _decisions: Sequence[Decision] | None = None
     _weights: tuple[Weight, ...] | None = None  # the decisions, as compiled code reads them
     _trained: str = ""  # which parameters of the region that it is compiled with require a gradient
     _calls: int = 1  # calls per forward
@@ -245,13 +245,9 @@ class MaskedDropPath(DropPath):
 
         Compiled code on `device` reads the same from `weights`, tensors of shape () or constants.
         """
-        # nn.Module's own __setattr__ would be most of what an iteration costs.
-        state = vars(self)
-        state["_decisions"] = None if decisions is None else tuple(decisions)
-        state["_weights"] = None if weights is None else tuple(weights)
-        state["_call"] = 0
-        if self._batch:
-            state["_batch"] = {}
+        weights = None if weights is None else tuple(weights)
+        vars(self).update(_decisions=decisions, _weights=weights, _call=0)
+        self._batch.clear()
         if decisions is not None and weights is not None:
             self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 

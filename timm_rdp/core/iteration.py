@@ -18,15 +18,22 @@ class Iteration:
         phase: "droppath" or "complement".
         cycle: cycle number, from 0.
         dropped: names of the paths that are dropped in the droppath iteration of this cycle.
-        trainable: names of the parameters that this iteration trains.
     """
 
     phase: str
     cycle: int
     dropped: frozenset[str]
-    trainable: frozenset[str]
+    _part: frozenset[str]
     _controller: Any
+    _trained: frozenset[str] | None = field(default=None, init=False)  # once it has been entered
     _entered_by_user: bool = field(default=False, init=False)  # not by the hooks of attach()
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that this iteration trains."""
+        if self._trained is None:
+            return self._part - self._controller._patch.frozen(self._part)
+        return self._trained
 
     def __enter__(self) -> "Iteration":
         self._controller._enter(self)

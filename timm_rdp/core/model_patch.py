@@ -49,7 +49,7 @@ class ModelPatch:
         self._trainable: frozenset[str] | None = None
         self._remember()
         # What turn_off() sets back.
-        self._frozen: dict[str, nn.Parameter] = {}
+        self._frozen: list[nn.Parameter] = []
         self._resting: list[nn.Module] = []
         self._saved_buffers: list[tuple[Tensor, Tensor]] = []
         self._iteration_hooks: list[Any] = []
@@ -121,6 +121,10 @@ class ModelPatch:
         for module in self.drop_paths.values():
             module._owner = weakref.ref(owner)
 
+    def trains(self, names: frozenset[str]) -> bool:
+        """Whether any of these parameters requires a gradient."""
+        return any(self.parameters[n].requires_grad for n in names)
+
     def frozen(self, names: frozenset[str]) -> set[str]:
         """Those of these parameters that do not require a gradient."""
         return {n for n, p in self.parameters.items() if n in names and not p.requires_grad}
@@ -170,31 +174,28 @@ class ModelPatch:
         if not self.compiled:
             paths = [self._paths[name] for name in dropped]
             for path in paths:  # what is dropped is handed one sample, where that can be done
-                for entrance in path.entrances:
-                    if entrance not in self._regions:  # where it is not in the graph
-                        module = self.drop_paths[path.name.partition("#")[0]]
-                        hook = partial(module.pass_on_one_sample, path.call)
-                        self._hook_forward(self._modules[entrance], hook)
+                for entrance in {*path.entrances} - self._regions.keys():  # those in no graph
+                    module = self.drop_paths[path.name.partition("#")[0]]
+                    hook = partial(module.pass_on_one_sample, path.call)
+                    self._hook_forward(self._modules[entrance], hook)
             self._hook_forward(self._model, partial(self._begin_forward, paths))
             self._iteration_hooks.append(self._model.register_forward_hook(Hook(self._end_forward)))
-        trainable = it.trainable
-        for name, parameter in self.parameters.items():
-            if name in trainable:
-                if parameter.requires_grad:
-                    continue
-                it.trainable -= {name}  # the user froze it since
+        frozen = self.frozen(self.names)
+        it._trained = self._trainable = trained = it._part - frozen if frozen else it._part
+        others = [p for n, p in self.parameters.items() if n not in trained]
+        for parameter in others:
             # A zero gradient would still let weight decay and momentum move the parameter.
             parameter.grad = None
-            if parameter.requires_grad and not self.compiled:
+        if not self.compiled:
+            self._frozen = [p for p in others if p.requires_grad] if frozen else others
+            for parameter in self._frozen:
                 parameter.requires_grad_(False)  # raises within torch.func's transformations
-                self._frozen[name] = parameter
-        self._trainable = it.trainable
         if self._probes != {}:  # a few parameters that the optimizer is to leave alone
-            some = [n for n in self.parameters if n not in it.trainable and it.phase == COMPLEMENT]
+            some = [n for n in self.parameters if n not in trained and it.phase == COMPLEMENT]
             some = some[:: len(some) // 8 + 1]
             self._probes = {n: self.parameters[n].detach().clone() for n in some} or None
         if self._reducer is not None:
-            self._reducer.begin(it.trainable, self._graph.reached_parameters(dropped))
+            self._reducer.begin(trained, self._graph.reached_parameters(dropped))
 
     def turn_off(self, aside: bool = False) -> None:
         """Set everything back, whatever happened since `turn_on`.
@@ -203,8 +204,8 @@ class ModelPatch:
             aside: the backward pass of what was run so far may yet come.
         """
         meanwhile = self.frozen(self._trainable or frozenset())
-        for name, parameter in self._frozen.items():
-            if not (meanwhile and self._is_frozen_with(name, meanwhile)):
+        for parameter in self._frozen:
+            if not (meanwhile and self._is_frozen_with(parameter, meanwhile)):
                 parameter.requires_grad = True
         for module in self._resting:  # an interrupt may have ended its forward
             module.training = True
@@ -214,7 +215,7 @@ class ModelPatch:
             hook.remove()
         for region in self._regions.values():
             region.resting = []
-        self._frozen, self._resting, self._saved_buffers, self._iteration_hooks = {}, [], [], []
+        self._frozen, self._resting, self._saved_buffers, self._iteration_hooks = [], [], [], []
         for module in self.drop_paths.values():
             module.decide(None)
         if not aside:
@@ -222,13 +223,13 @@ class ModelPatch:
             if self._reducer is not None:
                 self._reducer.end()
 
-    def _is_frozen_with(self, name: str, meanwhile: set[str]) -> bool:
+    def _is_frozen_with(self, parameter: nn.Parameter, meanwhile: set[str]) -> bool:
         """Whether the user has frozen a module that this parameter, frozen already, belongs to.
 
         Its own flag does not show it. Those of the parameters do that were trainable until then, in
         the smallest module around it that has one.
         """
-        module, near = name, []
+        module, near = next(n for n, p in self.parameters.items() if p is parameter), []
         while module and not near:
             module = module.rpartition(".")[0]
             near = [n for n in self._trainable or () if n.startswith(f"{module}." * bool(module))]
@@ -242,8 +243,7 @@ class ModelPatch:
                     f"the optimizer moved {name}, which is frozen in this iteration: use one that "
                     "leaves parameters without a gradient alone"
                 )
-        if self._probes:
-            self._probes = {}
+        self._probes = self._probes and {}
         if self._in_train_mode == {False}:
             return (
                 "what this iteration drops was not dropped, because the model was in eval mode: "

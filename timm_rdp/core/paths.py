@@ -86,6 +86,7 @@ class PathGraph:
         self._owners = owners
         self._everything = self._live(0)
         self._last_cut: dict[int, int] = {}
+        self._last_part: tuple[int, frozenset[str]] = 0, frozenset()
         inputs_from = self._count + len(parameters) + len(owners)
         inputs = self._everything >> inputs_from
         self.depends_on_input = bool(inputs)
@@ -113,7 +114,10 @@ class PathGraph:
         Raises:
             ValueError: a name is not that of a path; so for the methods below.
         """
-        return frozenset(_select(self._parameters, self._cut(self._bits(names))))
+        cut = self._cut(self._bits(names))
+        if cut != self._last_part[0]:
+            self._last_part = cut, frozenset(_select(self._parameters, cut))
+        return self._last_part[1]
 
     def reached_parameters(self, names: Iterable[str]) -> frozenset[str]:
         """Names of the parameters that the output reaches when the paths `names` are cut."""

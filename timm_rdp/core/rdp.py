@@ -144,8 +144,8 @@ class ResidualDropPath:
         """
         self._check_in_use()
         it = self._next()
-        while not it.trainable:  # all that this droppath iteration would train was frozen
-            if not any(p.requires_grad for p in self._patch.parameters.values()):
+        while not self._patch.trains(it._part):  # all of this droppath iteration's was frozen
+            if not self._patch.trains(self._patch.names):
                 raise RuntimeError("no parameter of the model requires a gradient: unfreeze some")
             self._begin(it)
             self._advance(it)
@@ -160,7 +160,6 @@ class ResidualDropPath:
             part = self._patch.names - self.dropped_part(dropped)
         else:
             part = self._second_part(dropped)
-        part -= self._patch.frozen(part)
         return Iteration(self.phase, self.current_cycle, dropped, part, self)
 
     def _second_part(self, dropped: frozenset[str]) -> frozenset[str]:
@@ -307,8 +306,7 @@ class ResidualDropPath:
 
     def _advance(self, it: Iteration) -> None:
         if it.phase == DROPPATH and (it.cycle + 1) % self.every == 0:
-            parameters = self._patch.parameters
-            if any(parameters[n].requires_grad for n in self._second_part(it.dropped)):
+            if self._patch.trains(self._second_part(it.dropped)):
                 self.phase = COMPLEMENT
                 return
             self._told = self._told or checks.tell_nothing_to_complement(it.dropped)

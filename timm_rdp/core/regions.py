@@ -105,8 +105,7 @@ def compile_regions(model: nn.Module, graph: PathGraph, options: dict[str, Any])
 
 def tell_of_regions(model: nn.Module, graph: PathGraph) -> None:
     """Say what a model that was compiled as a whole does for nothing, if it need not."""
-    paths = sum(map(len, find_regions(model, graph).values()))
-    if paths:
+    if paths := sum(map(len, find_regions(model, graph).values())):
         _logger.warning(
             f"compiled as a whole, {type(model).__name__} computes dropped paths and gradients of "
             f"what is frozen, to discard them: rdp.compile() instead saves that for {paths} paths"

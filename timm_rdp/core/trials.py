@@ -71,15 +71,9 @@ def _candidates(
             if isinstance(child, MaskedDropPath):
                 kinds[child] = (attribute, *((n, type(m)) for n, m in module.named_modules()))
     return [
-        _Candidate(
-            path.name,
-            (path.module, path.call),
-            shape,
-            entrances,
-            kind=(path.call, *kinds[path.module]),
-        )
-        for path, shape in zip(graph.paths, shapes, strict=True)
-        if path.residual and shape[0] > 1 and (entrances := graph.entrances(path.name))
+        _Candidate(p.name, (p.module, p.call), shape, entrances, (p.call, *kinds[p.module]))
+        for p, shape in zip(graph.paths, shapes, strict=True)
+        if p.residual and shape[0] > 1 and (entrances := graph.entrances(p.name))
     ]
 
 
