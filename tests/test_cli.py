@@ -86,7 +86,13 @@ def test_every_command_begins_its_errors_alike(capsys, command):
 
 @pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["paths", "--model", "test_vit"], ["train", "--help"]], ids=" ".join
+    "argv",
+    [
+        ["train", "--help"],
+        pytest.param(["--help"], marks=pytest.mark.slow),
+        pytest.param(["paths", "--model", "test_vit"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(argv, unbuffered):
     with subprocess.Popen(

@@ -35,7 +35,7 @@ def compiled_pair(name, backend="aot_eager", order="given", small=True, dtype=to
     [
         ("test_vit", "given"),
         pytest.param("test_vit", "followed", marks=pytest.mark.slow),
-        ("test_resnet", "followed"),
+        pytest.param("test_resnet", "followed", marks=pytest.mark.slow),
         pytest.param(CAIT, "given", marks=pytest.mark.slow),
     ],
 )
@@ -84,22 +84,26 @@ def test_what_the_user_froze_before_compiling_never_trains():
     assert flags == frozen
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_clipping_sees_what_is_trained():
     eager, compiled = compiled_pair("test_vit")
     check_same_training(eager, compiled, name="test_vit", cycles=15, accumulate=2, clip=0.5)
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_zero_gradients_left_by_the_loop_train_nothing():
     eager, compiled = compiled_pair("test_vit")
     check_same_training(eager, compiled, name="test_vit", cycles=15, set_to_none=False)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_the_same_sets():
     eager, compiled = compiled_pair("test_vit")
     check_same_training(eager, compiled, tolerance=2e-2, name="test_vit", autocast=True)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_recomputes_with_the_masks_of_the_iteration():
     eager, compiled = compiled_pair("test_vit")
     compiled[1].model.set_grad_checkpointing()
@@ -109,8 +113,8 @@ def test_gradient_checkpointing_recomputes_with_the_masks_of_the_iteration():
 @pytest.mark.parametrize(
     "name",
     [
-        "test_resnet",
-        pytest.param("test_vit", marks=pytest.mark.slow),
+        "test_vit",
+        pytest.param("test_resnet", marks=pytest.mark.slow),
         pytest.param(CAIT, marks=pytest.mark.slow),
     ],
 )
@@ -183,6 +187,7 @@ def test_masks_show_what_each_iteration_decided():
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_attached_loop_gives_the_updates_of_the_written_out_one():
     eager, compiled = compiled_pair("test_resnet")
     model, rdp = compiled
@@ -209,6 +214,7 @@ def test_attached_loop_gives_the_updates_of_the_written_out_one():
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_an_exception_leaves_nothing_behind_and_the_same_iteration_comes_again():
     _, (model, rdp) = compiled_pair("test_resnet")
     it = rdp.iteration()
@@ -229,6 +235,7 @@ def test_an_exception_leaves_nothing_behind_and_the_same_iteration_comes_again()
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_detached_model_is_the_unpatched_one():
     _, (model, rdp) = compiled_pair("test_resnet")
     train((model, rdp), "test_resnet", 2)
@@ -243,6 +250,7 @@ def test_detached_model_is_the_unpatched_one():
     assert not any(p._post_accumulate_grad_hooks for p in rdp.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_compiled_model_is_a_plain_model():
     _, (model, rdp) = compiled_pair("test_vit")
     train((model, rdp), "test_vit", 1)
@@ -275,7 +283,7 @@ def test_a_compiled_model_that_the_controller_was_not_told_about_is_refused(how)
 
 # torch's own, without RDP too: it looks at .grad of what enters a compiled part of a model.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("what", ["model", "blocks"])
+@pytest.mark.parametrize("what", ["model", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_a_model_compiled_in_place_trains_as_in_eager_mode(what):
     eager, model = (small_model("test_vit", **SMALLER["test_vit"]) for _ in range(2))
     for module in [model] if what == "model" else model.blocks:

@@ -191,7 +191,7 @@ def train_with(rank, size, name, options):
     [
         ("test_vit", "same", {"accumulate": 2, "clip": 0.5}),
         pytest.param("test_vit", "next", {"clip": 0.5}, marks=pytest.mark.slow),
-        ("test_resnet", "same", {"clip": 0.5}),
+        pytest.param("test_resnet", "same", {"clip": 0.5}, marks=pytest.mark.slow),
         pytest.param("test_resnet", "next", {"accumulate": 2, "images": 8}, marks=pytest.mark.slow),
         pytest.param(COAT, "same", {}, marks=pytest.mark.slow),
         pytest.param(COAT, "next", {"accumulate": 2, "clip": 0.5}, marks=pytest.mark.slow),
@@ -259,7 +259,7 @@ def test_attached_loop_equals_the_written_out_one(ranks, wrap, attach):
         pytest.param("compiled inside", "before", 4, marks=pytest.mark.slow),
         pytest.param("compiled outside", "after", 4, marks=pytest.mark.slow),
         pytest.param("regions", "before", 16, marks=pytest.mark.slow),
-        ("regions", "after", 16),
+        pytest.param("regions", "after", 16, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_ranks_end_bitwise_equal_and_as_one_process_would(ranks, backend, wrap, graphs):

@@ -36,7 +36,10 @@ MOST_GRAPHS = {
     SWIN: 6 * 2 * 2,
 }
 SMALLER = {"test_vit": {"depth": 3}, CAIT: {"depth": 2}}
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_atto", CAIT, SWIN)]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("test_resnet", "convnext_atto", CAIT, SWIN)
+]
 
 
 def pair(name, backend="aot_eager", dtype=torch.float32, **options):
@@ -48,7 +51,7 @@ def pair(name, backend="aot_eager", dtype=torch.float32, **options):
     return (eager, ResidualDropPath(eager)), (model, rdp)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", *SLOW])
+@pytest.mark.parametrize("name", ["test_vit", *SLOW])
 def test_updates_are_those_of_eager_in_a_few_graphs_per_kind_of_block(name):
     eager, compiled = pair(name, depth=6) if name == "test_vit" else pair(name)
     check_same_training(eager, compiled, name=name, tolerance=2e-5)
@@ -156,21 +159,25 @@ def test_batch_norms_of_dropped_paths_rest_and_those_of_others_do_not():
     assert all(m.training for m in compiled[0].modules())
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_and_clipping_sees_what_is_trained():
     eager, compiled = pair("test_vit")
     check_same_training(eager, compiled, name="test_vit", cycles=12, accumulate=2, clip=0.5)
 
 
+@pytest.mark.slow
 def test_zero_gradients_left_by_the_loop_train_nothing():
     eager, compiled = pair("test_vit")
     check_same_training(eager, compiled, name="test_vit", cycles=12, set_to_none=False)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_the_same_sets():
     eager, compiled = pair("test_vit")
     check_same_training(eager, compiled, 2e-2, name="test_vit", cycles=12, autocast=True)
 
 
+@pytest.mark.slow
 def test_channels_last_stays():
     eager, compiled = pair("test_resnet")
     for model, _ in (eager, compiled):
@@ -188,6 +195,7 @@ def test_what_the_user_froze_never_trains():
     assert not any(frozen & step["trained"] for step in steps)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_recomputes_with_the_masks_of_the_iteration():
     eager, compiled = pair("test_vit")
     for model, _ in (eager, compiled):
@@ -195,6 +203,7 @@ def test_gradient_checkpointing_recomputes_with_the_masks_of_the_iteration():
     check_same_training(eager, compiled, name="test_vit", cycles=12)
 
 
+@pytest.mark.slow
 def test_gradient_scaler_skips_an_overflow_and_the_iteration_comes_again():
     outcomes = []
     for model, rdp in pair("test_vit"):
@@ -286,6 +295,7 @@ def test_outside_iterations_and_in_eval_mode_it_is_the_unpatched_model(name):
             patched.train()
 
 
+@pytest.mark.slow
 def test_an_exception_leaves_nothing_behind_and_the_same_iteration_comes_again():
     _, (model, rdp) = pair("test_resnet")
     it = rdp.iteration()
@@ -324,6 +334,7 @@ def test_blocks_compiled_in_place_are_regions_whether_patched_before_or_after():
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_are_plain_models_with_a_controller_of_their_own():
     _, (model, rdp) = pair("test_vit")
     train((model, rdp), "test_vit", 2)

@@ -117,7 +117,7 @@ def test_a_launched_script_equals_a_loop_of_iterations(scripts):
         ["--opt", "lamb", "--accumulate", "2"],
         ["--distill", "logit"],
         ["--distill", "feature"],
-        ["--compile", "eager"],
+        pytest.param(["--compile", "eager"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -370,7 +370,12 @@ def test_a_script_that_cannot_be_taken_over_ends_with_one_line_and_status_2(
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["--opt", "lamb"], ["--distill", "logit"], ["--compile", "eager"]],
+    [
+        [],
+        ["--opt", "lamb"],
+        ["--distill", "logit"],
+        pytest.param(["--compile", "eager"], marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_a_script_with_timms_task_trains_each_batch_in_a_full_cycle(scripts, args):

@@ -158,6 +158,7 @@ def finished(finished_once, stubbed, capsys) -> Stubbed:
 # What is run
 
 
+@pytest.mark.xdist_group("grid")
 def test_each_run_is_the_run_that_its_command_line_gives_by_itself(grid, digits_folder, tmp_path):
     for variant, more in (("droppath", []), ("rdp", ["--rdp"])):
         command = [*recipe(digits_folder), "--seed", "0", "--data-seed", "0", "--drop-path", "0.5"]
@@ -171,6 +172,7 @@ def test_each_run_is_the_run_that_its_command_line_gives_by_itself(grid, digits_
         assert different <= {"output", "experiment", "resume", *compare_grid.FREE}
 
 
+@pytest.mark.xdist_group("grid")
 def test_variants_of_a_seed_train_on_the_same_images_in_the_same_order(
     grid, digits_folder, tmp_path
 ):
@@ -234,6 +236,7 @@ def test_a_config_gives_the_drop_rate_and_cannot_turn_rdp_on_for_all(stubbed, tm
     assert not {"rdp", "rdp_batch", "drop_path", "seed", "data_seed"} & shared.keys()
 
 
+@pytest.mark.xdist_group("grid")
 def test_finished_runs_are_skipped_and_nothing_of_theirs_is_touched(grid, digits_folder):
     runs, everything = state(grid / "runs"), {p: text for p, (_, text) in state(grid).items()}
     command = [*recipe(digits_folder), "--output", str(grid), "--drop-paths", "0.5"]

@@ -25,6 +25,10 @@ TRAINING = r"Train: \d+ \["
 pytestmark = pytest.mark.xdist_group("faults")
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start training processes; none survives the test."""
@@ -40,7 +44,7 @@ def start(tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, *map(slow, (signal.SIGINT, signal.SIGUSR1))])
 def test_a_signal_ends_the_run_after_the_cycle_with_a_checkpoint(
     signum, digits_folder, tmp_path, start, fault
 ):
@@ -73,6 +77,7 @@ def test_a_second_signal_ends_the_run_at_once(digits_folder, tmp_path, start, fa
     fault("SIGTERM, twice")
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_does_not_wait_for_its_end(
     digits_folder, tmp_path, start, fault
 ):
@@ -224,7 +229,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_the_same_update(
     fault("SIGTERM to one of two ranks")
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("before, after", [(2, 1), slow(1, 2), slow(2, 3)])
 def test_a_checkpoint_of_another_world_size_goes_on_at_the_same_sample_and_says_so(
     before, after, digits_folder, tmp_path, start, fault
 ):

@@ -82,7 +82,7 @@ def assert_same_end(one: dict, other: dict) -> None:
     "case",
     [
         "same",
-        "next",
+        pytest.param("next", marks=pytest.mark.slow),
         "own data stream",
         pytest.param("plain", marks=pytest.mark.slow),
         pytest.param("no prefetcher", marks=pytest.mark.slow),
@@ -100,7 +100,13 @@ def test_a_run_stopped_anywhere_and_resumed_ends_bitwise_as_one_never_stopped(
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
-@pytest.mark.parametrize("case", ["batch norm", "plateau", "scheduled sizes"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "batch norm",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("plateau", "scheduled sizes")),
+    ],
+)
 def test_other_loaders_schedules_and_optimizers_resume_exactly_too(
     case, whole_runs, digits_folder, tmp_path, monkeypatch
 ):
