@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparisons of docs/results.md. Interrupted, it goes on where it was.
+# The comparisons of docs/results_digits.md. Interrupted, it goes on where it was.
 set -eu
 python benchmarks/low_data_digits.py --per-class 30 --output output/digits300
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Where to look for a setting in which RDP helps: docs/results.md. Seeds other than the tables'.
+# Where to look for a setting in which RDP helps: docs/results_digits.md. Seeds other than the tables'.
 set -eu
 python benchmarks/low_data_digits.py --per-class 30 --output output/digits300
 python benchmarks/low_data_digits.py --per-class 10 --output output/digits100

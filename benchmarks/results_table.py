@@ -1,4 +1,4 @@
-"""Print the tables of docs/results.md from what `timm-rdp compare` wrote.
+"""Print the tables of docs/results_digits.md from what `timm-rdp compare` wrote.
 
 python benchmarks/results_table.py
 """
