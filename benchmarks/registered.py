@@ -3,8 +3,8 @@
     python benchmarks/registered.py --runs output/registered --output benchmarks/results/registered
 
 Reads runs.csv of every experiment that is there and writes registered.md: the primary measures with
-their tests, then the secondary comparisons without any. Area and top-1 are in their own units
-(area from 0 to 1, top-1 in points).
+their tests, then the secondary comparisons without any; and registered.png, which shows most of
+them. Area and top-1 are in their own units (area from 0 to 1, top-1 in points).
 """
 
 import argparse
@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 LEVEL = 0.05
 BOUNDS = {"area_drawn": 0.005, "top1": 0.5}
 HOLD = {"e1": "area_drawn", "e4": "area_drawn", "e5": "top1"}  # rdp minus droppath-matched
 PRIMARIES = 6
+DOT = dict(color="#e8705a", alpha=0.6, markersize=4, markeredgewidth=0)
 DAMAGES = ("noise", "blur", "contrast", "shift")
 SECONDARY = ("top1", "nll", "ece", "ece_scaled", "area_even", "area_drawn", "damaged")
 
@@ -216,6 +218,57 @@ def write(runs: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shown(runs: Path) -> Iterator[tuple[str, str, float | None, list[Pairs]]]:
+    """The panels of the picture: title, unit, bound of what counts as no effect, differences."""
+    for name, measure in HOLD.items():
+        if (table := runs / name / "runs.csv").exists():
+            scores, unit = read(table), "points" if measure == "top1" else measure
+            for rate in rates(scores):
+                variants = {variant for variant, own, _ in scores if own in (rate, 0.0)} - {"rdp"}
+                pairs = [
+                    Pairs(f"- {other}", minus(scores, "rdp", other, rate, measure), None)
+                    for other in sorted(variants)
+                ]
+                yield f"{name.upper()}: rdp at {rate:g}", unit, BOUNDS[measure], pairs
+    if (table := runs / "e2" / "runs.csv").exists():
+        scores = read(table)
+        pairs = [
+            Pairs(f"at {rate:g}", minus(scores, "rdp", "droppath", rate, "top1"), None)
+            for rate in rates(scores)
+        ]
+        yield "E2: rdp - droppath", "points", BOUNDS["top1"], pairs
+    if (runs / "e3").exists():
+        pairs = [
+            Pairs(f"- {' '.join(other)}", nested_minus(runs / "e3", other), None)
+            for other in (("alone", "inner"), ("full", "whole"), ("full-matched", "whole"))
+        ]
+        yield "E3: nested whole", "points", BOUNDS["top1"], pairs
+
+
+def draw(runs: Path) -> Figure:
+    """Mean differences with their 95 % intervals, a panel an experiment, a dot a seed."""
+    panels = sorted(shown(runs), key=lambda panel: panel[0])
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(8.0, 2.1 * lines), dpi=110, layout="constrained")
+    all_axes = figure.subplots(lines, 2, squeeze=False).ravel()
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, unit, bound, differences) in zip(all_axes, panels, strict=False):
+        axes.axvspan(-bound, bound, color="#d9d9d9")
+        axes.axvline(0, color="#8a8a8a", linewidth=1)
+        for line, pairs in enumerate(differences):
+            axes.plot(pairs.differences, [line] * len(pairs.differences), "o", **DOT)
+            low, high = pairs.interval
+            axes.plot([low, high], [line, line], color="#14386b", linewidth=2)
+            axes.plot(pairs.differences.mean(), line, "s", color="#14386b", markersize=6)
+        axes.set_yticks(range(len(differences)), [pairs.question for pairs in differences])
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="what registered.sh wrote")
@@ -224,6 +277,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     text = write(args.runs)
     (args.output / "registered.md").write_text(text)
+    draw(args.runs).savefig(args.output / "registered.png")
     print(text)
 
 
