@@ -687,6 +687,16 @@ def test_what_is_added_or_replaced_after_patching_is_named_and_can_be_followed(
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_scalar_that_was_replaced_by_its_equal_is_named():
+    model = small_model("test_vit")
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    rdp = ResidualDropPath(model)
+    sequence(rdp, 3)
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(RuntimeError, match="^scale was added .*call follow"), rdp.iteration():
+        pass
+
+
 # What the constructor refuses.
 
 

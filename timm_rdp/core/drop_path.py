@@ -237,18 +237,18 @@ class MaskedDropPath(DropPath):
 
     def decide(
         self,
-        decisions: Sequence[Decision] | None,
+        decisions: Sequence[Decision],
         weights: Sequence[Weight] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """Set what each call of the coming forwards does; None is timm's behaviour for all.
+        """Set what each call of the coming forwards does, until UNTOLD is.
 
         Compiled code on `device` reads the same from `weights`, tensors of shape () or constants.
         """
         weights = None if weights is None else tuple(weights)
         vars(self).update(_decisions=decisions, _weights=weights, _call=0)
         self._batch.clear()
-        if decisions is not None and weights is not None:
+        if weights is not None:
             self._record = [((), d != 0.0, device) for d in decisions if d is not None]
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -265,6 +265,7 @@ class MaskedDropPath(DropPath):
 
 
 ADDED = set(MaskedDropPath.__annotations__)
+UNTOLD = {"_decisions": None, "_weights": None, "_call": 0}  # timm's behaviour for all calls
 
 
 @torch.compiler.disable()

@@ -2,6 +2,7 @@
 
 import operator
 import weakref
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_rdp.core import regions
 from timm_rdp.core.ddp import GradientReducer
 from timm_rdp.core.decisions import Decisions
-from timm_rdp.core.drop_path import Hook
+from timm_rdp.core.drop_path import UNTOLD, Hook
 from timm_rdp.core.foreign import patch, unpatch
 from timm_rdp.core.iteration import COMPLEMENT, Iteration
 from timm_rdp.core.paths import Path, PathGraph
@@ -37,11 +38,11 @@ class ModelPatch:
         self.parameters = dict(model.named_parameters())
         self.names = frozenset(self.parameters)
         self.compiled = False  # as a whole
-        self._model = model
-        self._graph = graph
+        self._model, self._graph = model, graph
         self._paths = {p.name: p for p in graph.paths}
         self._modules = dict(model.named_modules())
         self.drop_paths = patch(model, graph.drop_paths, graph.calls_per_forward, owner)
+        self._called_often = {n: m for n, m in self.drop_paths.items() if m._calls > 1}
         self._reducer: GradientReducer | None = None
         self._decisions = Decisions(self.drop_paths.values(), graph.paths)
         self._regions: dict[str, Region] = {}  # by the names of all modules within them
@@ -127,20 +128,23 @@ class ModelPatch:
 
     def frozen(self, names: frozenset[str]) -> set[str]:
         """Those of these parameters that do not require a gradient."""
-        return {n for n, p in self.parameters.items() if n in names and not p.requires_grad}
+        return {n for n in names if not self.parameters[n].requires_grad}
 
     def _remember(self) -> None:
         """What the patch is for: all that `changed` looks at in every iteration."""
         dicts = [d for m in self._model.modules() for d in (m._modules, m._parameters)]
         self._empty = [d for d in dicts if not d]
-        self._filled = [*(d.values() for d in dicts if d), (...,)]  # the end, where one grows
+        self._filled = [d.values() for d in dicts if d]
         self._known = [*chain.from_iterable(self._filled)]
+        self._has_scalars = any(p.numel() == 1 for p in self._model.parameters())
 
     def changed(self) -> str | None:
         """The name of a parameter or module that the model did not have when it was patched."""
-        found = chain.from_iterable(self._filled)
-        if not any(self._empty) and all(map(operator.is_, found, self._known)):
-            return None
+        found = [*chain.from_iterable(self._filled)]
+        with suppress(RuntimeError):  # of the `==` of tensors: lists ask for identity first, in C
+            same = found == self._known and not any(self._empty)
+            if same and (not self._has_scalars or all(map(operator.is_, found, self._known))):
+                return None
         for module in self._modules.values():
             if hasattr(module, "reshard"):  # FSDP2 leaves whole parameters behind an evaluation
                 module.reshard()  # pyright: ignore
@@ -217,7 +221,8 @@ class ModelPatch:
             region.resting = []
         self._frozen, self._resting, self._saved_buffers, self._iteration_hooks = [], [], [], []
         for module in self.drop_paths.values():
-            module.decide(None)
+            vars(module).update(UNTOLD)
+            module._batch.clear()
         if not aside:
             self._trainable = None
             if self._reducer is not None:
@@ -250,7 +255,7 @@ class ModelPatch:
                 "call its train()"
             )
         # The last forward may have been no call of the model, but of its forward_features(), say.
-        odd = (n for n, m in self.drop_paths.items() if m._call % m._calls)
+        odd = (n for n, m in self._called_often.items() if m._call % m._calls)
         name = self._called_otherwise or next(odd, None)
         if name is None:
             return None
@@ -262,12 +267,8 @@ class ModelPatch:
 
     def remove(self) -> None:
         """Give the DropPaths their class back and remove every hook."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._reducer is not None:
-            self._reducer.remove()
-        for region in self._regions.values():
-            region.remove()
+        for change in filter(None, [*self._hooks, *self._regions.values(), self._reducer]):
+            change.remove()
         unpatch(self.drop_paths)
 
     def _hook_forward(self, module: nn.Module, function: Any, prepend: bool = False) -> None:
@@ -276,19 +277,18 @@ class ModelPatch:
 
     def _keep_buffers(self, dropped: frozenset[str]) -> None:
         """Leave the buffers of what is dropped (BatchNorm statistics) as they are."""
-        for name in self._graph.dropped_buffers(dropped):
+        for name in self._graph.dropped_buffers(dropped) if dropped else ():
             module = self._modules[name]
             if name in self._regions:
                 self._regions[name].resting.append(module)
-                continue
-            if self.compiled:
+            elif self.compiled:
                 if module.training:
                     self._saved_buffers += [(b, b.clone()) for b in module.buffers(recurse=False)]
-                continue
-            # Before the user's hooks, some of which move buffers themselves (spectral_norm).
-            self._hook_forward(module, self._rest, prepend=True)
-            awake = module.register_forward_hook(Hook(self._wake), always_call=True)
-            self._iteration_hooks.append(awake)
+            else:
+                # Before the user's hooks, some of which move buffers themselves (spectral_norm).
+                self._hook_forward(module, self._rest, prepend=True)
+                awake = module.register_forward_hook(Hook(self._wake), always_call=True)
+                self._iteration_hooks.append(awake)
 
     def _rest(self, module: nn.Module, _: Any) -> None:
         if module.training:

@@ -84,6 +84,7 @@ class PathGraph:
         self._path_bits = (1 << self._count) - 1
         self._parameters = parameters
         self._owners = owners
+        self._buffered = sum(1 << i for i, o in enumerate(owners) if o.buffered)
         self._everything = self._live(0)
         self._last_cut: dict[int, int] = {}
         self._last_part: tuple[int, frozenset[str]] = 0, frozenset()
@@ -125,7 +126,8 @@ class PathGraph:
 
     def dropped_buffers(self, names: Iterable[str]) -> frozenset[str]:
         """Names of the modules with buffers that reach the output only through `names`."""
-        return frozenset(o.name for o in self._cut_owners(self._bits(names)) if o.buffered)
+        cut = self._cut(self._bits(names)) >> len(self._parameters)
+        return frozenset(o.name for o in _select(self._owners, cut & self._buffered))
 
     def entrances(self, name: str) -> tuple[str, ...]:
         """Names of the modules at which a path begins.
@@ -136,14 +138,11 @@ class PathGraph:
         bit = self._bits([name])
         carried = self._cut(bit) & ((1 << len(self._parameters)) - 1)
         found = []
-        for owner in self._cut_owners(bit):
+        for owner in _select(self._owners, self._cut(bit) >> len(self._parameters)):
             behind = self._closure(owner.behind_input, seen=0) >> self._count
             if owner.calls == 1 and not behind & carried:
                 found.append(owner.name)
         return tuple(found)
-
-    def _cut_owners(self, dropped: int) -> Iterator[Owner]:
-        return _select(self._owners, self._cut(dropped) >> len(self._parameters))
 
     def _bits(self, names: Iterable[str]) -> int:
         bits = 0
