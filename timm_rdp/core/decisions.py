@@ -48,16 +48,16 @@ class Decisions:
         for path in self._paths if drops else ():
             kept = 1.0 - path.drop_prob if path.module.scale_by_keep else 1.0
             told[path.module][path.call] = 0.0 if path.name in it.dropped else kept
-        weights: Mapping[Any, Any] = {}
         if whole:
-            weights = self._as_tensors(told, device)
-        elif in_regions:
+            weights: Mapping[Any, Any] = self._as_tensors(told, device)
+        else:
             weights = {m: self._as_constants(m, told[m], device) for m in in_regions}
         for module, decisions in told.items():
             if module in weights:
                 module.decide(decisions, weights[module], device)
             else:  # nn.Module's own __setattr__ would be most of what an iteration costs
-                vars(module).update(_decisions=decisions, _call=0)
+                own = vars(module)
+                own["_decisions"], own["_call"] = decisions, 0
 
     def _as_tensors(
         self, told: dict[MaskedDropPath, list[Decision]], device: torch.device

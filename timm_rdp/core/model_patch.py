@@ -84,8 +84,8 @@ class ModelPatch:
         if self.compiled:
             return
         found = None if whole else regions.compiled_regions(self._model, self._graph)
-        inside = {n: regions.region_of(n, found or {}) for n in self._modules}
-        self._regions = {n: region for n, region in inside.items() if region is not None}
+        self._regions = {n: r for n in self._modules if (r := regions.region_of(n, found or {}))}
+        self._in_regions = [m for n, m in self.drop_paths.items() if n in self._regions]
         if found is None:
             self.compiled = True
             regions.tell_of_regions(self._model, self._graph)
@@ -114,7 +114,7 @@ class ModelPatch:
         empty = {"_hooks": [], "_iteration_hooks": [], "_saved_buffers": [], "_resting": []}
         alone = {"compiled": False, "_regions": {}, "_reducer": None, "_trainable": None}
         # Views of dicts cannot be copied: `changed` is to look for itself.
-        return {**vars(self), **alone, **empty, "_filled": (), "_empty": [...]}
+        return {**vars(self), **alone, **empty, "_in_regions": [], "_filled": (), "_empty": [...]}
 
     def own(self, owner: object) -> None:
         """Have the DropPaths of a copied model know their controller, and no iteration be open."""
@@ -171,9 +171,8 @@ class ModelPatch:
     def _turn_on(self, it: Iteration) -> None:
         dropped = frozenset() if it.phase == COMPLEMENT else it.dropped
         self._in_train_mode, self._called_otherwise = set(), None
-        in_regions = [m for n, m in self.drop_paths.items() if self._regions and n in self._regions]
         device = next(iter(self.parameters.values())).device
-        self._decisions.tell(it, device, self.compiled, in_regions)
+        self._decisions.tell(it, device, self.compiled, self._in_regions)
         self._keep_buffers(dropped)
         if not self.compiled:
             paths = [self._paths[name] for name in dropped]
@@ -192,8 +191,10 @@ class ModelPatch:
             parameter.grad = None
         if not self.compiled:
             self._frozen = [p for p in others if p.requires_grad] if frozen else others
-            for parameter in self._frozen:
+            for parameter in self._frozen[:1]:
                 parameter.requires_grad_(False)  # raises within torch.func's transformations
+            for parameter in self._frozen[1:]:
+                parameter.requires_grad = False
         if self._probes != {}:  # a few parameters that the optimizer is to leave alone
             some = [n for n in self.parameters if n not in trained and it.phase == COMPLEMENT]
             some = some[:: len(some) // 8 + 1]
@@ -202,11 +203,7 @@ class ModelPatch:
             self._reducer.begin(trained, self._graph.reached_parameters(dropped))
 
     def turn_off(self, aside: bool = False) -> None:
-        """Set everything back, whatever happened since `turn_on`.
-
-        Args:
-            aside: the backward pass of what was run so far may yet come.
-        """
+        """Set everything back; with `aside` the backward pass of what was run may yet come."""
         meanwhile = self.frozen(self._trainable or frozenset())
         for parameter in self._frozen:
             if not (meanwhile and self._is_frozen_with(parameter, meanwhile)):

@@ -105,8 +105,7 @@ def _try(
 
     hooks: list[Any] = []
     for drop_path in drop_paths:
-        calls = range(drop_path._calls)
-        drop_path.decide([float((drop_path, call) not in dropped) for call in calls])
+        drop_path.decide([float((drop_path, c) not in dropped) for c in range(drop_path._calls)])
         hooks.append(drop_path.register_forward_pre_hook(end))
     for candidate in group:
         drop_path, call = candidate.call
