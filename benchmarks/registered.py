@@ -10,7 +10,7 @@ them. Area and top-1 are in their own units (area from 0 to 1, top-1 in points).
 import argparse
 import csv
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from scipy import stats
 LEVEL = 0.05
 BOUNDS = {"area_drawn": 0.005, "top1": 0.5}
 HOLD = {"e1": "area_drawn", "e4": "area_drawn", "e5": "top1"}  # rdp minus droppath-matched
-PRIMARIES = 6
+PRIMARIES, SEEDS = 6, 8
 DOT = dict(color="#e8705a", alpha=0.6, markersize=4, markeredgewidth=0)
 DAMAGES = ("noise", "blur", "contrast", "shift")
 SECONDARY = ("top1", "nll", "ece", "ece_scaled", "area_even", "area_drawn", "damaged")
@@ -78,26 +78,29 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def read(table: Path) -> Scores:
-    """The runs of a comparison that are done."""
+    """The runs of a comparison that are done, of what has ended for all seeds."""
     scores: Scores = {}
     with table.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["status"] == "done":
-                damaged = [float(v) for n, v in row.items() if n.startswith(DAMAGES) and v]
-                numbers = {n: float(row[n]) for n in SECONDARY if row.get(n)}
-                if damaged:  # top-1 under all damages, on average
-                    numbers["damaged"] = sum(damaged) / len(damaged)
-                scores[row["variant"], float(row["drop_path"]), int(row["seed"])] = numbers
+        rows = [row for row in csv.DictReader(file) if row["status"] in ("done", "diverged")]
+    ended = Counter((row["variant"], row["drop_path"]) for row in rows)
+    for row in rows:
+        if row["status"] == "done" and ended[row["variant"], row["drop_path"]] == SEEDS:
+            damaged = [float(v) for n, v in row.items() if n.startswith(DAMAGES) and v]
+            numbers = {n: float(row[n]) for n in SECONDARY if row.get(n)}
+            if damaged:  # top-1 under all damages, on average
+                numbers["damaged"] = sum(damaged) / len(damaged)
+            scores[row["variant"], float(row["drop_path"]), int(row["seed"])] = numbers
     return scores
 
 
 def minus(scores: Scores, one: str, other: str, rate: float, measure: str) -> np.ndarray:
-    """One variant minus another by seed, over the seeds that both have."""
+    """One variant minus another, by seed; nothing where one of them was not measured."""
     plain = lambda variant: 0.0 if variant == "plain" else rate
     own = {s: v.get(measure) for (n, r, s), v in scores.items() if (n, r) == (one, plain(one))}
     its = {s: v.get(measure) for (n, r, s), v in scores.items() if (n, r) == (other, plain(other))}
-    both = [s for s in sorted(own.keys() & its.keys()) if None not in (own[s], its[s])]
-    return np.array([own[s] - its[s] for s in both])
+    if None in {*own.values(), *its.values()}:
+        return np.array([])
+    return np.array([own[s] - its[s] for s in sorted(own.keys() & its.keys())])
 
 
 def rates(scores: Scores) -> list[float]:
@@ -256,6 +259,7 @@ def draw(runs: Path) -> Figure:
     for axes, (title, unit, bound, differences) in zip(all_axes, panels, strict=False):
         axes.axvspan(-bound, bound, color="#d9d9d9")
         axes.axvline(0, color="#8a8a8a", linewidth=1)
+        differences = [pairs for pairs in differences if len(pairs.differences) > 1]
         for line, pairs in enumerate(differences):
             axes.plot(pairs.differences, [line] * len(pairs.differences), "o", **DOT)
             low, high = pairs.interval

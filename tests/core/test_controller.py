@@ -693,7 +693,7 @@ def test_a_scalar_that_was_replaced_by_its_equal_is_named():
     rdp = ResidualDropPath(model)
     sequence(rdp, 3)
     model.scale = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(RuntimeError, match="^scale was added .*call follow"), rdp.iteration():
+    with pytest.raises(RuntimeError, match=r"^scale was added .*call follow"), rdp.iteration():
         pass
 
 

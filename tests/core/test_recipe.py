@@ -1,4 +1,4 @@
-"""docs/your_own_script.md: what it shows is applied, and run, as shown."""
+"""docs/your_own_script.md, docs/nested_depth.md: what they show is applied, and run, as shown."""
 
 import difflib
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from core_helpers import same_bits
 from digits import digit_images
@@ -17,6 +18,7 @@ from timm_rdp.launch.main import main as launch
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file")  # timm leaves images open
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "your_own_script.md"
+NESTED = DOCUMENT.with_name("nested_depth.md")
 ARGS = "--model test_vit --img-size 32 --batch-size 16 --epochs 2 --drop-path 0.4 --lr 0.0005"
 
 
@@ -213,3 +215,27 @@ def test_the_second_step_is_clipped_by_what_is_given():
         optimizer.step(closure)
         optimizer.zero_grad()
     assert norms and all(float(norm) < 1.001 for norm in norms)
+
+
+def test_the_inner_of_two_networks_in_one_is_the_one_trained_alone():
+    small = dict(depth=4, img_size=32)
+    (code,) = re.findall(r"```python\n(.*?)```", NESTED.read_text(), re.DOTALL)
+    assert code.count('"vit_small_patch16_224"') == 1
+    code = code.replace('"vit_small_patch16_224"', '"test_vit", **small')
+    torch.manual_seed(0)
+    loader = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(3)]
+    torch.manual_seed(1)
+    nested = {"loader": loader, "small": small}
+    exec(code, nested)
+
+    torch.manual_seed(1)
+    alone = timm.create_model("test_vit", num_classes=10, **small)
+    before = alone.blocks[1].mlp.fc1.weight.clone()
+    alone.blocks = torch.nn.Sequential(*list(alone.blocks)[::2])
+    optimizer = torch.optim.AdamW(alone.parameters())
+    for images, targets in loader:
+        torch.nn.functional.cross_entropy(alone(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same_bits(alone.state_dict(), nested["model"].state_dict())
+    assert not torch.equal(nested["added"][0].mlp.fc1.weight, before)
