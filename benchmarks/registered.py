@@ -270,6 +270,7 @@ def draw(runs: Path) -> Figure:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
     return figure
 
 
