@@ -1,6 +1,8 @@
 """attach(batch="same") is cycle() written out, to the bit, in a loop that stays as it was."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -241,6 +243,48 @@ def test_what_an_epoch_left_over_is_not_repeated():
             optimizer.zero_grad()
         models.append(parameters_of(model))
     assert same_bits(*models)
+
+
+def test_calls_of_a_copy_are_not_repeated():
+    model = small_model("test_vit")
+    outer, optimizer = WithLoss(model, "dict"), torch.optim.SGD(model.parameters(), 0.01)
+    rdp = ResidualDropPath(model).follow(outer).attach(optimizer, batch="same")
+    outer(*batch("test_vit"))["loss"].backward()
+    for twin in (copy.deepcopy(outer), pickle.loads(pickle.dumps(outer))):
+        twin(*batch("test_vit", start=4))  # its loss would be looked for in vain
+    optimizer.step()
+    assert rdp.current_cycle == 1
+
+
+def test_what_failed_while_it_was_repeated_is_not_repeated_again():
+    model = small_model("test_vit")
+    outer, optimizer = WithLoss(model, "dict"), torch.optim.SGD(model.parameters(), 0.01)
+    rdp = ResidualDropPath(model).follow(outer).attach(optimizer, batch="same")
+    seen = []
+
+    def watch(module, args):
+        if rdp.phase == "complement":
+            seen.append(args[0].sum().item())
+            if len(seen) == 1:
+                raise MemoryError
+
+    outer.register_forward_pre_hook(watch)
+    images, labels = (tensor.clone() for tensor in batch("test_vit"))
+    held = weakref.ref(images)
+    outer(images, labels)["loss"].backward()
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert rdp.phase == "complement"  # which comes next, on the next batch
+    del images
+    gc.collect()
+    assert held() is None
+    for _ in range(2):
+        outer(*batch("test_vit", start=4))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = batch("test_vit", start=4)[0].sum().item()
+    assert seen[1:] == [expected] * 2 and rdp.current_cycle == 2
 
 
 def test_inputs_are_let_go_of_and_another_batch_mode_is_refused():

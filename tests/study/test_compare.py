@@ -321,6 +321,13 @@ def test_a_run_that_ends_early_without_an_error_is_not_taken_for_done(stubbed):
     assert (row["status"], row["epochs"], row["top1"]) == ("interrupted", "1", "")
 
 
+def test_runs_end_at_the_stop_epoch(stubbed):
+    more = ("--variants", "droppath", "--seeds", 1, "--epochs", 3, "--stop-epoch", 2)
+    assert stubbed(*more) == 0
+    (row,) = read(stubbed.output / "runs.csv")
+    assert (row["status"], row["epochs"]) == ("done", "2")
+
+
 def test_jobs_run_side_by_side_and_share_the_cores(stubbed, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
@@ -878,6 +885,8 @@ def test_runs_are_found_by_name_and_other_folders_left_alone(finished):
         (["--output", ""], ("--output ''",)),
         (["--output", "/proc/out"], ("--output /proc/out",)),
         (["--rdp-start-epoch", "2"], ("--rdp-start-epoch 2", "2 epochs", "never begin")),
+        (["--rdp-start-epoch", "1", "--stop-epoch", "1"], ("--rdp-start-epoch 1", "1 epochs")),
+        (["--variants", "droppath-matched", "--stop-epoch", "1"], ("--stop-epoch 1", "matched")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

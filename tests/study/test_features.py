@@ -394,7 +394,7 @@ def test_a_missing_or_unsplit_folder_is_refused(tmp_path, capsys):
     argv = ["--model", "test_vit", "--data-dir"]
     assert "does not exist" in refused(capsys, tmp_path, *argv, str(tmp_path / "no"))
     (tmp_path / "empty").mkdir()
-    assert "holds no images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
+    assert "Found 0 images" in refused(capsys, tmp_path, *argv, str(tmp_path / "empty"))
     write_digits(tmp_path / "half", range(10), val=0)
     assert "no validation/ folder" in refused(capsys, tmp_path, *argv, str(tmp_path / "half"))
 

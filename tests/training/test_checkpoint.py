@@ -103,6 +103,11 @@ def test_resume_restores_the_optimizer_and_the_ema(digits_folder, tmp_path):
     assert same_bits(OrderedDict(ema.state_dict()), state["state_dict_ema"])
     assert not same_bits(state["state_dict_ema"], state["state_dict"])
 
+    torch.save(state["state_dict"], tmp_path / "bare.pth")
+    argv[argv.index(str(last))] = str(tmp_path / "bare.pth")
+    ema = train.set_up(train.parse_args(argv)).task.get_trainable_module(ema=True).module
+    assert same_bits(OrderedDict(ema.state_dict()), state["state_dict"])
+
     argv += ["--no-resume-opt", "--start-epoch", "0"]
     args = train.parse_args(argv)
     prepared = train.set_up(args)

@@ -278,7 +278,7 @@ def test_making_the_loaders_moves_no_random_state(digits_folder):
 
 def test_without_a_validation_split_there_is_no_eval_loader(digits_folder):
     args = options(digits_folder, "--val-split", "")
-    assert check_data(args) == 10
+    check_data(args)
     assert loaders(args).eval is None
 
 
@@ -287,14 +287,14 @@ def test_splits_are_found_under_all_of_timms_names(digits_folder, tmp_path, name
     for ours, name in zip(("train", "validation"), names, strict=True):
         shutil.copytree(digits_folder / ours, tmp_path / name)
     args = options(tmp_path)
-    assert check_data(args) == 10
+    check_data(args)
     data = loaders(args)
     assert (len(data.train.dataset), len(data.eval.dataset)) == (80, 40)
 
 
 def test_a_folder_without_splits_is_used_for_both_as_timm_does_and_says_so(digits_folder, caplog):
     args = options(digits_folder / "train")
-    assert check_data(args) == 10
+    check_data(args)
     assert "validation sees the images of training" in caplog.text
     assert len(loaders(args).eval.dataset) == 80
 
@@ -302,7 +302,7 @@ def test_a_folder_without_splits_is_used_for_both_as_timm_does_and_says_so(digit
 def test_a_class_map_decides_the_classes(digits_folder, tmp_path):
     (tmp_path / "map.txt").write_text("3\n5\n")
     args = options(digits_folder, "--class-map", str(tmp_path / "map.txt"), "--num-classes", "2")
-    assert check_data(args) == 2
+    check_data(args)
     assert len(loaders(args).train.dataset) == 16
 
 
@@ -326,7 +326,7 @@ def test_a_split_without_images_is_named(digits_folder, tmp_path, refused):
     (tmp_path / "validation" / "0").mkdir(parents=True)
     (tmp_path / "validation" / "0" / "notes.txt").write_text("")
     line = refused(*TINY, "--data-dir", tmp_path)
-    assert str(tmp_path / "validation") in line and "no images" in line
+    assert str(tmp_path / "validation") in line and "0 images" in line
 
 
 def test_split_names_without_folders_are_refused_together_too(digits_folder, refused):
@@ -449,7 +449,7 @@ def test_more_classes_than_the_model_has_outputs_are_refused(digits_folder, tmp_
 def test_without_num_classes_the_models_own_number_stays_as_in_timm(digits_folder):
     args = options(digits_folder)
     args.num_classes = None
-    assert check_data(args) == 10
+    check_data(args)
     assert args.num_classes is None
 
 

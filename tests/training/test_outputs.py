@@ -61,6 +61,18 @@ def test_a_resumed_run_goes_on_with_the_rows_from_before_its_epoch(tmp_path):
     assert (tmp_path / "a" / "summary.csv").read_bytes() == expected
 
 
+def test_rows_with_other_columns_share_a_header(tmp_path):
+    """A run that goes on with --rdp, or without a validation."""
+    Summary(str(tmp_path)).add(0, TRAIN, EVAL, 0.1, {})
+    resumed = Summary(str(tmp_path), start_epoch=1)
+    resumed.add(1, TRAIN, EVAL, 0.1, RDP)
+    resumed.add(2, TRAIN, None, 0.1, RDP)
+    first, second, third = rows(tmp_path)
+    assert first.keys() == second.keys() == third.keys() >= {"epoch", *RDP}
+    assert [row["eval_loss"] == "" for row in (first, second, third)] == [False, False, True]
+    assert [row["dropped_paths"] == "" for row in (first, second, third)] == [True, False, False]
+
+
 def test_a_fresh_run_in_an_old_folder_begins_the_summary_anew_and_says_so(
     digits_folder, tmp_path, caplog
 ):

@@ -6,10 +6,8 @@ import signal
 import pytest
 from core_helpers import same_bits
 from runs import RESNET, VIT, checkpoint, flags, rows, run
-from torch.utils.data import DataLoader
 
 from timm_rdp.training import loop, train
-from timm_rdp.training.batches import make_resumable
 from timm_rdp.training.dataset import _StrictImageDataset
 
 EVERYTHING = (
@@ -141,8 +139,9 @@ def test_with_workers_the_order_and_the_masks_are_exact(digits_folder, tmp_path,
         digits_folder, tmp_path / "epoch", *recipe, "--resume", whole / "checkpoint-0.pth.tar"
     )
     argv = flags(digits_folder, tmp_path / "update", *recipe, "--resume", "auto")
-    stop_at(monkeypatch, 1, 1)
-    assert train.main(argv) == 128 + signal.SIGTERM
+    for epoch, update in ((0, 2), (1, 1)):  # before the first validation, and after it
+        stop_at(monkeypatch, epoch, update)
+        assert train.main(argv) == 128 + signal.SIGTERM
     assert train.main(argv) == 0
     for folder in (at_epoch, tmp_path / "update" / "run"):
         for key in ("state_dict", "optimizer", "rdp"):
@@ -164,11 +163,3 @@ def test_a_resumed_epoch_loads_no_image_twice(digits_folder, tmp_path, monkeypat
     assert train.main(argv) == 0
     training = [index for owner, index in loaded if owner == loaded[0][0]]
     assert len(training) == len(set(training)) == 16  # the fifth of five batches
-
-
-@pytest.mark.parametrize(("is_continued", "noted"), [(True, 4), (False, 0)])
-def test_only_a_pass_that_may_be_continued_notes_random_states(is_continued, noted):
-    loader = DataLoader(range(8), batch_size=2)
-    sampler = make_resumable(loader, is_continued)
-    assert len(list(loader)) == 4
-    assert len(sampler.current.states) == noted

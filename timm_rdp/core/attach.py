@@ -36,7 +36,6 @@ class AttachedLoop:
         self, controller: Any, optimizer: Any, patch: ModelPatch, same: SameBatch | None = None
     ):
         self._same = same
-        self._repeating = False
         self._controller = controller
         self._optimizer = stepped(optimizer)
         self._parameters = [*patch.parameters.values()]
@@ -90,7 +89,7 @@ class AttachedLoop:
     def set_aside(self) -> None:
         """Give the model back to the user until the next forward in train mode."""
         it = self._controller._active
-        if it is not None and not it._entered_by_user and not self._repeating:
+        if it is not None and not it._entered_by_user:
             self._controller._leave(completed=False, aside=True)
             self.aside = it
 
@@ -105,7 +104,7 @@ class AttachedLoop:
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         controller = self._controller
-        if controller._paused or self._repeating:
+        if controller._paused:
             return
         if not any(m.training for m in self._drop_paths):
             self.set_aside()
@@ -131,7 +130,7 @@ class AttachedLoop:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         controller = self._controller
-        if controller._paused or self._repeating:
+        if controller._paused:
             return
         if controller._active is None and self.aside is not None:
             controller._active, self.aside = self.aside, None
@@ -167,18 +166,13 @@ class AttachedLoop:
         """Run the complement iteration of the droppath iteration that has just ended."""
         controller, same = self._controller, self._same
         assert same is not None
-        if controller.phase != COMPLEMENT:  # nothing was dropped, or it is not its turn
-            return same.forget()
-        self._repeating = True
-        completed = False
-        controller._enter(controller.iteration())
-        self._check_rates(controller._active)
         try:
-            same.train(optimizer, closure)
-            completed = True
+            if controller.phase == COMPLEMENT:  # something was dropped, and it is its turn
+                with controller.iteration() as it:
+                    self._check_rates(it)
+                    same.train(optimizer, closure)
         finally:
-            self._repeating = False
-            controller._leave(completed)
+            same.forget()
 
 
 def _has_rate(group: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,32 +40,25 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inside
 
 
-def check_wrapper(wrapper: nn.Module, model: nn.Module) -> None:
-    """Raises ValueError where a module does not contain the model."""
-    if not any(module is model for module in wrapper.modules()):
+def modules_around(model: nn.Module, wrapper: nn.Module) -> list[nn.Module]:
+    """The modules around a model, from a wrapper inwards, and itself; ValueError if it has none."""
+    around = [m for m in wrapper.modules() if any(inside is model for inside in m.modules())]
+    if not around:
         raise ValueError(
             f"this {type(wrapper).__name__} does not wrap the model that was patched: pass what "
             "torch.compile or DistributedDataParallel made of it, or the model itself"
         )
     own = {id(p) for p in model.parameters()}
-    for ddp in (m for m in wrapper.modules() if isinstance(m, DistributedDataParallel)):
+    for ddp in (m for m in around if isinstance(m, DistributedDataParallel)):
         others = [
             n for n, p in ddp.module.named_parameters() if p.requires_grad and id(p) not in own
         ]
-        if others and any(module is model for module in ddp.modules()):
+        if others:
             raise ValueError(
                 f"DistributedDataParallel also trains {others[0]}, outside of the patched "
                 f"{type(model).__name__}, and would not average it: patch the module that it wraps"
             )
-
-
-def wrappers_around(model: nn.Module, outermost: Any) -> Iterator[Any]:
-    """The modules around a model, from the outermost one inwards."""
-    inside = outermost
-    while inside is not model:
-        yield inside
-        around = (m for m in inside.modules() if m is not inside and unwrap(m) is model)
-        inside = next(around)
+    return around
 
 
 def why_none_is_called(graph: PathGraph) -> str:

@@ -37,9 +37,8 @@ class GradientReducer:
             )
         self._ddp = ddp
         self._group: Any = ddp.process_group
-        self._names: dict[Tensor, str] = {p: n for n, p in parameters.items()}
-        self._order = list(reversed(parameters.values()))
-        self._others: list[nn.Parameter] = []
+        self._names: dict[Tensor, str] = {p: n for n, p in reversed(parameters.items())}
+        self._others: list[Tensor] = []
         self._buckets: list[list[Tensor]] = []
         self._bucket_of: dict[Tensor, int] = {}
         self._waiting: list[int] = []
@@ -65,8 +64,9 @@ class GradientReducer:
             reached: those that get a gradient in every backward pass. Any others get one where the
                 loss uses them directly, as CLIP's does its temperature.
         """
-        reduced: list[Tensor] = [p for p in self._order if self._names[p] in trainable & reached]
-        self._others = [p for p in self._order if self._names[p] in trainable - reached]
+        mine = {p: n for p, n in self._names.items() if n in trainable}
+        reduced: list[Tensor] = [p for p, name in mine.items() if name in reached]
+        self._others = [p for p, name in mine.items() if name not in reached]
         # As in DistributedDataParallel, a small first bucket starts communication early.
         limits = [1024 * 1024, self._ddp.bucket_bytes_cap]
         assign = dist._compute_bucket_assignment_by_size  # pyright: ignore

@@ -27,6 +27,7 @@ class Decisions:
         self._paths = [p for p in paths if p.residual]
         self._scales: dict[tuple[MaskedDropPath, int], tuple[float, Tensor]] = {}
         self._weights = torch.ones(0)
+        self._flat: list[float] = []
         # What a complement iteration tells them, and what is not around a residual in any.
         self._kept: dict[Any, list[Decision]] = {m: [None] * m._calls for m in modules}
         for path in self._paths:
@@ -64,9 +65,11 @@ class Decisions:
     ) -> dict[MaskedDropPath, list[Tensor | None]]:
         flat = [d for calls in told.values() for d in calls if d is not None]
         if len(self._weights) != len(flat) or self._weights.device != device:
-            self._weights = torch.ones(len(flat), device=device)
+            self._weights, self._flat = torch.ones(len(flat), device=device), []
             self._views = self._weights.unbind()
-        self._weights.copy_(torch.tensor(flat), non_blocking=True)
+        if flat != self._flat:  # else a backward pass may yet want them as they are
+            self._weights.copy_(torch.tensor(flat), non_blocking=True)
+            self._flat = flat
         views = iter(self._views)
         return {m: [None if d is None else next(views) for d in c] for m, c in told.items()}
 

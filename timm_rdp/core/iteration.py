@@ -26,7 +26,9 @@ class Iteration:
     _part: frozenset[str]
     _controller: Any
     _trained: frozenset[str] | None = field(default=None, init=False)  # once it has been entered
-    _entered_by_user: bool = field(default=False, init=False)  # not by the hooks of attach()
+    _entered_by_user: bool = field(
+        default=False, init=False
+    )  # not by attach() for the user's own batches
 
     @property
     def trainable(self) -> frozenset[str]:

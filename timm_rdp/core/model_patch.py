@@ -76,6 +76,8 @@ class ModelPatch:
     def follow(self, wrapper: nn.Module) -> None:
         """From now on the model is run through this wrapper, or modules of it are compiled."""
         if isinstance(wrapper, DistributedDataParallel):
+            if self._reducer is not None:
+                self._reducer.remove()
             self._reducer = GradientReducer(wrapper, self.parameters)
             self._hook_gradients()
         whole = hasattr(wrapper, "_orig_mod")

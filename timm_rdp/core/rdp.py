@@ -103,18 +103,17 @@ class ResidualDropPath:
             RuntimeError: called within an iteration.
         """
         self._check_in_use()
-        checks.check_wrapper(wrapper, self.model)
+        around = checks.modules_around(self.model, wrapper)
         if self._patch.changed():
             self._close("follow")
             with self.pause():
                 self._patch.remove()
                 self._patch_model()
         self._outermost = wrapper
-        for inside in checks.wrappers_around(self.model, wrapper):
-            if isinstance(inside, DistributedDataParallel):
-                check_same_on_all_ranks(inside, self.state_dict())
-            self._patch.follow(inside)
-        self._patch.follow(self.model)
+        for module in around:
+            if isinstance(module, DistributedDataParallel):
+                check_same_on_all_ranks(module, self.state_dict())
+            self._patch.follow(module)
         self._follow_in_loop()
         return self
 

@@ -1,7 +1,7 @@
 """The complement iteration on the batches of a droppath iteration, after the optimizer's step."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+
+from timm_rdp.core.drop_path import Hook
 
 _NO_LOSS = (
     'batch="same" repeats the calls of {model}, and finds no loss in what they return (a scalar, '
@@ -27,8 +29,7 @@ class _Call:
     """One call of the training forward, to be repeated."""
 
     arguments: tuple[tuple, dict]
-    autocast: list[tuple[str, torch.dtype, bool]]  # device type, dtype, whether it is on
-    synchronises: bool  # with the other ranks, not within no_sync()
+    contexts: list[AbstractContextManager]  # autocast, and no_sync() of other ranks
     gradient: Tensor | None = None  # of the loss, as the script's own backward gave it
 
 
@@ -62,16 +63,16 @@ class SameBatch:
                 self._note(args, kwargs, output)
 
         self._module = module
-        return module.register_forward_hook(note, with_kwargs=True)
+        return module.register_forward_hook(Hook(note), with_kwargs=True)
 
     def _note(self, args: tuple, kwargs: dict, output: Any) -> None:
-        kinds = {p.device.type for p in self._module.parameters()}
-        autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in kinds
-        ]
-        synchronises = getattr(self._module, "require_backward_grad_sync", True)
-        call = _Call((args, kwargs), autocast, synchronises)
+        contexts: list[AbstractContextManager] = []
+        for kind in {p.device.type for p in self._module.parameters()}:
+            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            contexts.append(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        if not getattr(self._module, "require_backward_grad_sync", True):
+            contexts.append(self._module.no_sync())
+        call = _Call((args, kwargs), contexts)
         self._calls.append(call)
         loss = _loss_in(output)
         if loss is not None and loss.requires_grad:
@@ -93,11 +94,9 @@ class SameBatch:
             elif closure is not None:
                 closure()
                 if self._repeated < len(self._calls):
-                    self.forget()
                     raise RuntimeError(_SHORT_CLOSURE)
             else:
                 self._repeat()
-            self.forget()
             if _unscale([p.grad for p in parameters if p.grad is not None]):
                 if self._clip is not None:
                     self._clip()
@@ -107,22 +106,15 @@ class SameBatch:
 
     def _repeat(self) -> None:
         if not self._calls or any(call.gradient is None for call in self._calls):
-            self.forget()
             raise RuntimeError(_NO_LOSS.format(model=type(self._module).__name__))
         for call in self._calls:
             args, kwargs = call.arguments
             with ExitStack() as contexts:
-                for context in self._contexts(call):
+                for context in call.contexts:
                     contexts.enter_context(context)
                 loss = _loss_in(self._module(*args, **kwargs))
                 assert loss is not None
                 loss.backward(call.gradient)
-
-    def _contexts(self, call: _Call) -> Iterator[AbstractContextManager]:
-        for kind, dtype, enabled in call.autocast:
-            yield torch.autocast(kind, dtype=dtype, enabled=enabled)
-        if not call.synchronises:
-            yield self._module.no_sync()
 
 
 def _unscale(gradients: list[Tensor]) -> bool:

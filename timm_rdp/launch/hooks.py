@@ -2,7 +2,6 @@
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -46,23 +45,21 @@ def hooked(run: LaunchedRun) -> Iterator[None]:
             setattr(owner, name, wrapped)
             stack.callback(setattr, owner, name, original)
 
-        create_model = timm.create_model
-        for path, module in list(sys.modules.items()):
-            if path.split(".")[0] == "timm" and vars(module).get("create_model") is create_model:
-                hook(module, "create_model", run.on_model)
-        dispatch = dispatch_clip_grad
+        create_model, dispatch = timm.create_model, dispatch_clip_grad
 
         @functools.wraps(dispatch)
         def clip(parameters: Any, *args: Any, **kwargs: Any) -> None:
             parameters = list(parameters)
-            run.on_clip(functools.partial(dispatch, parameters, *args, **kwargs))
+            run.clip = functools.partial(dispatch, parameters, *args, **kwargs)
             dispatch(parameters, *args, **kwargs)
 
-        for path, module in list(sys.modules.items()):
-            if path.split(".")[0] == "timm" and vars(module).get("dispatch_clip_grad") is dispatch:
+        for module in [m for path, m in sys.modules.items() if path.split(".")[0] == "timm"]:
+            if vars(module).get("create_model") is create_model:
+                hook(module, "create_model", run.on_model)
+            if vars(module).get("dispatch_clip_grad") is dispatch:
                 setattr(module, "dispatch_clip_grad", clip)  # noqa: B010
                 stack.callback(setattr, module, "dispatch_clip_grad", dispatch)
-        contains = lambda module, *_: run.containers.update({id(module): weakref.ref(module)})
+        contains = lambda module, *_: run.containers.update({id(module): module})
         stack.callback(register_module_module_registration_hook(contains).remove)
         hook(torch.optim.Optimizer, "__init__", lambda _, self, *a, **k: run.on_optimizer(self))
         for task in TASKS:

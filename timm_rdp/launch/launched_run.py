@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.utils.model import unwrap_model
@@ -31,12 +32,13 @@ class LaunchedRun:
         # By the name that messages give a model, "INDEX (NAME)", in the order of creation.
         self.created: dict[str, weakref.ref] = {}
         self.trained: dict[str, None] = {}
-        self.containers: dict[int, weakref.ref] = {}  # every module with others in it, by id
+        # Every module with others in it, by id.
+        self.containers = weakref.WeakValueDictionary[int, nn.Module]()
         self.wrappers: list[weakref.ref] = []
         self.taken: str | None = None
         self.rdp: ResidualDropPath | None = None
         self.task: nn.Module | None = None  # that returns the loss, for `same` batches
-        self.clip: Callable | None = None  # clips gradients as the script did last
+        self.clip: Callable[[], object] = lambda: None  # clips as the script did last
         self.begin: Callable | None = None  # until the start epoch
         self.epoch: int | None = None  # of the script's timm scheduler, once there is one
         self.stepped = False
@@ -110,7 +112,7 @@ class LaunchedRun:
             f"{rdp.seed}"
         )
         self.begin = partial(self._attach, rdp, optimizer)
-        for module in [m for r in self.containers.values() if (m := r()) is not None]:
+        for module in list(self.containers.values()):
             if hasattr(module, "get_trainable_module"):
                 self.on_task(module)
         if not self.options.rdp_start_epoch:
@@ -123,7 +125,7 @@ class LaunchedRun:
             return
         if self.options.rdp_batch != "next":
             self.task = task
-            self._follow(task)
+            self.rdp.follow(task)
             if self.begin is None and self.rdp._loop is not None:  # made after the optimizer
                 optimizer = self.rdp._loop._optimizer
                 self.rdp._loop.remove()
@@ -132,23 +134,9 @@ class LaunchedRun:
 
     def _attach(self, rdp: ResidualDropPath, optimizer: Optimizer) -> None:
         batch = "same" if self.task else self.options.rdp_batch or "next"
-        rdp.attach(optimizer, batch, self._clip_again)
+        rdp.attach(optimizer, batch, lambda: self.clip())
         each = "a cycle (same)" if batch == "same" else "one iteration (next)"
         _logger.info(f"each step of {type(optimizer).__name__} is {each}")
-
-    def _follow(self, wrapper: nn.Module) -> None:
-        assert self.rdp is not None
-        for module in (wrapper, self.task):  # the task stays what is repeated
-            if module is not None:
-                self.rdp.follow(module)
-
-    def _clip_again(self) -> None:
-        if self.clip is not None:
-            self.clip()
-
-    def on_clip(self, clip: Callable) -> None:
-        """The script clips gradients by timm's dispatch_clip_grad; `clip` does it again."""
-        self.clip = clip
 
     def _what_is_trained(self, model: nn.Module, held: set[int]) -> nn.Module | None:
         """The module that the script calls in training: the model, or what it was put into.
@@ -156,8 +144,8 @@ class LaunchedRun:
         timm's feature distillation never calls the model, only the module around model and
         projection; a classifier of one's own on a timm model is trained with it.
         """
-        modules = [m for r in self.containers.values() if (m := r()) is not None]
-        around = sorted((m for m in modules if _has(m, model)), key=lambda m: len([*m.modules()]))
+        around: list[Any] = [m for m in list(self.containers.values()) if _has(m, model)]
+        around.sort(key=lambda m: len([*m.modules()]))
         tasks = [m.get_trainable_module() for m in around if hasattr(m, "get_trainable_module")]
         for module in [*map(unwrap_model, tasks), model, *around]:
             if module is unwrap_model(module) and held <= _ids(module.parameters()):
@@ -177,7 +165,9 @@ class LaunchedRun:
                 f"{type(wrapper).__name__} wraps {type(inside).__name__}, which contains the model "
                 f"{self.taken}: wrap the model itself; {_RECIPE}"
             )
-        self._follow(wrapper)
+        self.rdp.follow(wrapper)
+        if self.task is not None:  # which stays what is repeated
+            self.rdp.follow(self.task)
 
     def on_script(self, scripted: object) -> None:
         """The script compiles something by torch.jit.script."""

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -172,8 +172,6 @@ def _evaluate(
                 images = (damage(x * std + mean, *damages[key], batch) - mean) / std
             with dropped(model, *removals.get(key, ())):
                 output = model(images)
-            if isinstance(output, tuple | list):  # distilled models: one output a head
-                output = torch.stack(list(output)).mean(0)
             evaluator.update(output.cpu(), y)
             if key == (0, 0):
                 logits.append(output.float().cpu())
@@ -184,9 +182,9 @@ def _evaluate(
 
 def area(removed: dict[int, list[float]], columns: slice) -> float:
     """Area under the mean score of some subsets over the share of the paths that are removed."""
-    most = max(removed)
-    points = [(k / most, sum(s[columns]) / len(s[columns])) for k, s in sorted(removed.items())]
-    return sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))
+    shares = [k / max(removed) for k in sorted(removed)]
+    scores = [fmean(removed[k][columns]) for k in sorted(removed)]
+    return torch.trapezoid(*torch.tensor([scores, shares], dtype=torch.float64)).item()
 
 
 def told(found: dict[str, Any]) -> list[str]:

@@ -207,21 +207,13 @@ class DataStream:
 
 
 @dataclass
-class Replay:
-    """How the next pass over a batch sampler goes on with one that another process began."""
-
-    skip: int = 0  # batches
-    order: dict | None = None  # random state from which the order is drawn
-    states: deque = field(default_factory=deque)  # set before each of the next batches is loaded
-
-
-@dataclass
 class SamplerPass:
-    """Where one epoch's pass over a batch sampler stands."""
+    """Where one epoch's pass over a batch sampler stands, or where it is to go on."""
 
     order: dict | None = None  # random state from which the order was drawn
     yielded: int = 0  # batches
-    states: deque = field(default_factory=partial(deque, maxlen=8))  # before the newest batches
+    # Random states before the newest batches were loaded, or before the next ones are.
+    states: deque = field(default_factory=partial(deque, maxlen=8))
 
 
 class ResumableSampler:
@@ -236,38 +228,26 @@ class ResumableSampler:
         sampler: the original: yields lists of indices.
         in_process: whether this process loads the batches (no workers): only then the random states
             before each of them are known.
-        is_continued: whether a pass over it may be continued where it was left.
+
+    Attributes:
+        current: the pass that began last.
+        replay: one of another process, with which the next pass goes on.
     """
 
-    def __init__(self, sampler: Any, in_process: bool, is_continued: bool = True):
+    def __init__(self, sampler: Any, in_process: bool):
         self._sampler = sampler
         self.in_process = in_process
-        self.is_continued = is_continued
-        self.replay: Replay | None = None
-        self.workers_are_seeded = False
-        self.before: dict | None = None
-        self.current: SamplerPass | None = None
+        self.current = self.replay = SamplerPass()
 
     def __iter__(self) -> Iterator[list[int]]:
-        # torch draws the seed of a loader's workers when it starts them: once, where they persist.
-        # A resumed run starts them a second time, so what that draws is taken back. torch asks for
-        # two iterators then, the first one before it draws.
-        if self.workers_are_seeded:
-            self.workers_are_seeded, self.before = False, random_state()
-        self.current = SamplerPass()
-        return self._batches(self.current)
-
-    def _batches(self, current: SamplerPass) -> Iterator[list[int]]:
-        replay = self.replay or Replay()
-        start = replay.order or self.before
-        self.replay = self.before = None
-        if start is not None:
-            set_random_state(start)
-        current.order, current.yielded = random_state(), replay.skip
-        for indices in islice(self._sampler, replay.skip, None):
+        replay, self.replay = self.replay, SamplerPass()
+        if replay.order is not None:
+            set_random_state(replay.order)
+        current = self.current = SamplerPass(random_state(), replay.yielded)
+        for indices in islice(self._sampler, replay.yielded, None):
             if replay.states:
                 set_random_state(replay.states.popleft())
-            if self.in_process and self.is_continued:
+            if self.in_process:
                 current.states.append(random_state())
             current.yielded += 1
             yield indices
@@ -278,19 +258,28 @@ class ResumableSampler:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_sampler":  # not there yet while it is unpickled
-            raise AttributeError(name)
         return getattr(self._sampler, name)
 
 
-def make_resumable(loader: Any, is_continued: bool = True) -> ResumableSampler | None:
+def make_resumable(loader: Any) -> ResumableSampler | None:
     """Put a ResumableSampler into a loader of timm's; None where there is no batch sampler."""
     inner = getattr(loader, "loader", loader)
     if not isinstance(inner, DataLoader) or inner.batch_sampler is None:
         return None  # an iterable data set: it alone knows its order
     if hasattr(inner, "iterator"):  # timm's MultiEpochsDataLoader: one pass without an end
         return None
-    sampler = ResumableSampler(inner.batch_sampler, inner.num_workers == 0, is_continued)
+    sampler = ResumableSampler(inner.batch_sampler, inner.num_workers == 0)
     # DataLoader refuses to have it replaced, though nothing but iter() has looked at it so far.
     vars(inner)["batch_sampler"] = sampler
     return sampler
+
+
+def draw_seed_aside(loader: Any) -> None:
+    """Have a loader that keeps its workers draw their seed without moving the random state.
+
+    For a resumed run, whose loader draws what it has drawn before the checkpoint a second time.
+    """
+    inner = getattr(loader, "loader", loader)
+    if getattr(inner, "persistent_workers", False) or hasattr(inner, "iterator"):
+        inner.generator = torch.Generator()
+        inner.generator.set_state(torch.get_rng_state())

@@ -184,7 +184,7 @@ def resume(
     """Load `--resume` into model, task, optimizer, loss scaler and RDP.
 
     Returns:
-        the checkpoint, and the epoch to go on with (None: the checkpoint does not say)
+        what the checkpoint holds beside these, and the epoch to go on with (None: it does not say)
 
     Raises:
         UsageError: the checkpoint is of another model, optimizer or set of paths.
@@ -208,7 +208,7 @@ def resume(
     epoch = checkpoint.get("epoch")
     if epoch is not None and checkpoint.get("version", 1) > 1:
         epoch += 1  # older ones count the epoch before saving
-    return checkpoint, epoch
+    return {k: checkpoint[k] for k in ("run", "saver", "epoch", "metric") if k in checkpoint}, epoch
 
 
 def _load_optimizer(
@@ -252,12 +252,3 @@ def _resume_rdp(args: argparse.Namespace, rdp: ResidualDropPath | None, checkpoi
     with refused_with(f"--resume {args.resume}: its ResidualDroppath state"):
         rdp.load_state_dict(state)
     rdp.seed, rdp.every = seed, every
-
-
-def load_ema(args: argparse.Namespace, task: TrainingTask, checkpoint: dict) -> None:
-    """Load the EMA weights of `--resume`; the plain ones where it has none."""
-    key = next(
-        k for k in ("state_dict_ema", "model_ema", "state_dict", "model", "") if checkpoint.get(k)
-    )
-    state = {"state_dict_ema": "task_state_ema", "state_dict": "task_state"}.get(key, "")
-    task.load_checkpoint_state(clean_state_dict(checkpoint[key]), checkpoint.get(state), ema=True)

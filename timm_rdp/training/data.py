@@ -2,13 +2,11 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import (
@@ -24,7 +22,7 @@ from timm.utils import is_primary
 from torch import nn
 
 from timm_rdp.errors import UsageError, refused_with
-from timm_rdp.training.dataset import IMG_MODES, check_outputs, make_dataset
+from timm_rdp.training.dataset import IMG_MODES, make_dataset
 from timm_rdp.training.model import mixup_active, patch_size
 
 _logger = logging.getLogger(__name__)
@@ -63,13 +61,10 @@ def create_data(
     img_mode = args.input_img_mode or IMG_MODES[channels]
     train = make_dataset(args, img_mode, is_training=True)
     val = make_dataset(args, img_mode, is_training=False) if args.val_split else None
-    # Some data sets tell their classes only once they are made.
-    reader = getattr(train, "reader", None)
-    classes = getattr(train, "classes", None) or getattr(reader, "class_to_idx", None) or ()
-    check_outputs(len(classes), args.num_classes, args)
+    count = _count_classes(args, train)
     common = dict(
-        mean=_per_channel(data_config["mean"], channels),
-        std=_per_channel(data_config["std"], channels),
+        mean=data_config["mean"],
+        std=data_config["std"],
         pin_memory=args.pin_mem,
         img_dtype=model_dtype or torch.float32,
         device=device,
@@ -79,7 +74,8 @@ def create_data(
     )
     mix = _mixup_kwargs(args) if mixup_active(args) else None
     if args.aa:
-        _let_posterize_keep_nothing(is_primary(args))
+        names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+        NAME_TO_OP.update(dict.fromkeys(names, _posterize))
     with refused_with("timm cannot make a loader with these options"):
         if args.naflex_loader:
             size = patch_size(model)
@@ -96,32 +92,26 @@ def create_data(
     if args.train_img_sizes is not None:
         reference = loaders[0].batch_sampler.average_batch_size
     if is_primary(args):
-        _log(args, len(train), len(classes), loaders[0].batch_sampler)
+        _log(args, len(train), count, loaders[0].batch_sampler)
     return Data(*loaders, float(reference))
 
 
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value per channel; where there are others, their average, as in timm's prefetcher."""
-    if len(values) == channels:
-        return tuple(values)
-    return (np.mean(values).item(),) * channels
+def _count_classes(args: argparse.Namespace, dataset: Any) -> int:
+    """How many classes a data set tells, 0 where it does not; refuses more than outputs."""
+    reader = getattr(dataset, "reader", None)
+    count = len(getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None) or ())
+    if count > args.num_classes:
+        raise UsageError(
+            f"--data-dir {args.data_dir} has {count} classes, but {args.model} has "
+            f"{args.num_classes} outputs; give --num-classes {count}"
+        )
+    return count
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    if bits_to_keep == 0:
+    if bits_to_keep == 0:  # the black image, an error since Pillow 13
         return image.point(lambda _: 0)
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
-
-
-def _let_posterize_keep_nothing(is_told: bool) -> None:
-    """Give the black image where timm's augmentation keeps 0 bits, an error since Pillow 13."""
-    try:
-        ImageOps.posterize(Image.new("L", (1, 1)), 0)
-    except ValueError:
-        if is_told and NAME_TO_OP["Posterize"] is not _posterize:
-            _logger.info("Posterizing to 0 bits gives a black image, as before Pillow 13.")
-        names = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
-        NAME_TO_OP.update(dict.fromkeys(names, _posterize))
 
 
 def close_data(data: Data) -> None:

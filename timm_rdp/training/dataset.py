@@ -14,7 +14,6 @@ from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from timm.data.dataset_factory import _search_split
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.models import get_pretrained_cfg, parse_model_name
 from torch.utils.data import IterableDataset
 
 from timm_rdp.errors import DataError, UsageError, one_line, refused_with
@@ -27,18 +26,15 @@ SPLITS = ("train", "validation")  # the default names
 VALIDATION_SHARE = 5  # every fifth image of a class
 
 
-def check_data(args: argparse.Namespace) -> int | None:
+def check_data(args: argparse.Namespace) -> None:
     """Check the data folder before there is a model: both splits, their classes, their number.
-
-    Returns:
-        the number of classes, or None for a data set that is not a folder or a tar.
 
     Raises:
         UsageError: a folder is missing or empty, or the splits' classes differ or do not fit
-            `--num-classes` or the model.
+            `--num-classes`.
     """
     if not _is_folder(args):
-        return None
+        return
     root = args.data_dir
     if not root:
         raise UsageError(f"--dataset {args.dataset} needs --data-dir FOLDER")
@@ -65,19 +61,12 @@ def check_data(args: argparse.Namespace) -> int | None:
             for own, reader in zip(roots, (train, val), strict=True):
                 _check_folders(Path(own), reader.class_to_idx)
             _check_same_classes(set(train.class_to_idx), set(val.class_to_idx), args)
-    if args.class_map:
-        return max(train.class_to_idx.values()) + 1
     count = len(train.class_to_idx)
-    if args.num_classes not in (None, count):
+    if args.num_classes not in (None, count) and not args.class_map:
         raise UsageError(
             f"--num-classes {args.num_classes} does not fit --data-dir {root}, which has {count} "
             f"classes; give --num-classes {count}"
         )
-    if args.num_classes is None:
-        source, name = parse_model_name(args.model)
-        config = None if source else get_pretrained_cfg(name)
-        check_outputs(count, config.num_classes if config else count, args)
-    return count
 
 
 class _StrictImageDataset(ImageDataset):
@@ -114,14 +103,8 @@ def _reader(root: str, class_map: str, input_key: str | None) -> Any:
     """Scan a folder; once a process, because a large one on a network takes minutes."""
     if not os.path.exists(root):
         raise UsageError(f"--data-dir {root} does not exist")
-    with refused_with(f"the data {root} cannot be read"):
-        try:
-            return create_reader("", root=root, class_map=class_map, input_key=input_key)
-        except RuntimeError:
-            named = f" that --class-map {class_map} names" if class_map else ""
-            raise UsageError(
-                f"the data folder {root} holds no images in class folders{named}"
-            ) from None
+    with refused_with(f"the data {root}{class_map and f' with --class-map {class_map}'}"):
+        return create_reader("", root=root, class_map=class_map, input_key=input_key)
 
 
 def make_dataset(args: argparse.Namespace, img_mode: str, is_training: bool) -> Any:
@@ -196,15 +179,6 @@ def _check_same_classes(train: set[str], val: set[str], args: argparse.Namespace
                 f"--data-dir {args.data_dir}: the two splits must have the same classes, but "
                 f"{len(names)} of them ({some}) have no images in {split}"
             )
-
-
-def check_outputs(count: int, outputs: int, args: argparse.Namespace) -> None:
-    """Raises UsageError where the data has more classes than the model has outputs."""
-    if count > outputs:
-        raise UsageError(
-            f"--data-dir {args.data_dir} has {count} classes, but {args.model} has {outputs} "
-            f"outputs; give --num-classes {count}"
-        )
 
 
 def prepare_demo(root: Path | None = None) -> Path:

@@ -5,7 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from typing import Any
 
 import torch
@@ -115,27 +115,17 @@ def train_on_group(
     """
     if rdp is None:
         return run_iteration(train_batch, group, size, divisor, losses, update, "", True)
-    if rdp_batch == "next":
-        it = rdp.iteration()
+    same = rdp_batch == "same"
+    for index, it in enumerate(rdp.cycle() if same else [rdp.iteration()]):
         losses.started(it)
-        with it:
-            return run_iteration(train_batch, group, size, divisor, losses, update, it.phase, True)
-    kept: list[MicroBatch] = []
-    for it in rdp.cycle():
-        losses.started(it)
-        first = not kept
         # The first iteration trains on the micro-batches as they are loaded, the second one on
         # the same tensors again.
-        source = _keep(group, kept) if first else kept
+        source, group = tee(group) if same else (group, ())
         with it:
-            run_iteration(train_batch, source, size, divisor, losses, update, it.phase, first)
-    return len(kept), kept[-1]
-
-
-def _keep(group: Iterable[MicroBatch], kept: list[MicroBatch]) -> Iterator[MicroBatch]:
-    for batch in group:
-        kept.append(batch)
-        yield batch
+            done = run_iteration(
+                train_batch, source, size, divisor, losses, update, it.phase, index == 0
+            )
+    return done
 
 
 def run_iteration(
@@ -297,16 +287,9 @@ def check_weights(task: TrainingTask, state: RunState) -> None:
     Raises:
         TrainingError: naming where the run stands.
     """
-    if not all_finite(trained_module(task)):
+    tensors = trained_module(task).state_dict().values()
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise TrainingError(
             f"a weight is not a finite number after epoch {state.epoch}, update {state.update}: "
             "training stops; try a lower --lr, more --warmup-epochs or --clip-grad 1.0"
         )
-
-
-def all_finite(module: nn.Module) -> bool:
-    """Whether every weight and statistic of a module is a finite number."""
-    tensors = [t for t in module.state_dict().values() if t.is_floating_point() and t.numel()]
-    with torch.no_grad():
-        largest = [n.float() for n in torch._foreach_norm(tensors, float("inf"))]
-        return bool(torch.stack(largest).isfinite().all())

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm import task as tasks
@@ -113,11 +114,15 @@ def build_model(
         _logger.info(f"Model {safe_model_name(args.model)} created, param count:{count}")
     data_config = resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args))
     given, channels = len(data_config["mean"]), data_config["input_size"][0]
-    if given != channels and utils.is_primary(args):
-        _logger.warning(
-            f"The model's mean and std are of {given} channels, the images have {channels}: their "
-            "averages are taken; --mean and --std set others"
-        )
+    if given != channels:
+        # As in timm's prefetcher.
+        for name in ("mean", "std"):
+            data_config[name] = (np.mean(data_config[name]).item(),) * channels
+        if utils.is_primary(args):
+            _logger.warning(
+                f"The model's mean and std are of {given} channels, the images have {channels}: "
+                "their averages are taken; --mean and --std set others"
+            )
 
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))

@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for module in args.device_modules or ():
         with refused_with(f"--device-modules {module}"):
             importlib.import_module(module)
-    args.device = _resolve_device(args.device)
+    args.device = resolve_device(args.device)
     if args.rdp and args.drop_path is None:
         args.drop_path = RDP_DROP_PATH
         _logger.info(f"--rdp without --drop-path: taking --drop-path {RDP_DROP_PATH}")
@@ -205,7 +205,8 @@ def _words(name: str, value: Any, nargs: str | int | None) -> list[str]:
     return [flag(name), *words]
 
 
-def _resolve_device(name: str | None) -> str:
+def resolve_device(name: str | None) -> str:
+    """The device that `--device` names, by default the best there is; UsageError if it is none."""
     best = best_device()
     if not name:
         return best

@@ -8,6 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,14 +109,13 @@ class Summary:
     def __init__(self, folder: str, start_epoch: int = 0):
         self._path = os.path.join(folder, SUMMARY)
         self.rows: list[dict] = []
-        self._text = ""
         old = Path(self._path)
         self.is_begun_anew = old.exists() and start_epoch == 0
         text = old.read_bytes().decode() if old.exists() else ""
         for row in csv.DictReader(io.StringIO(text, newline="")):
             if row["epoch"].isdigit() and int(row["epoch"]) < start_epoch:
-                self._append({k: v for k, v in row.items() if k is not None})
-                self.rows[-1] = {k: float(v) if v else None for k, v in self.rows[-1].items()}
+                values = {k: float(v) if v else None for k, v in row.items() if k is not None}
+                self.rows.append({**values, "epoch": int(row["epoch"])})
 
     def add(
         self,
@@ -131,18 +131,13 @@ class Summary:
         row.update((f"eval_{k}", v) for k, v in (eval_metrics or {}).items())
         row["lr"] = lr
         row.update(rdp_metrics)
-        self._append(row)
-        write_atomically(self._path, self._text.encode())
-        return row
-
-    def _append(self, row: dict) -> None:
-        out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, fieldnames=row.keys())
-        if not self.rows:
-            writer.writeheader()
-        writer.writerow(row)
-        self._text += out.getvalue()
         self.rows.append(row)
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, fieldnames=dict.fromkeys(chain(*self.rows)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self._path, out.getvalue().encode())
+        return row
 
 
 def _start_wandb(args: argparse.Namespace, experiment: str) -> Any:
@@ -161,37 +156,33 @@ def _start_wandb(args: argparse.Namespace, experiment: str) -> Any:
     return wandb
 
 
-def rank_state(parts: Parts, state: RunState, losses: Losses | None = None) -> dict[str, Any]:
-    """What this process must know to go on from here (see resume.state_of_rank)."""
-    return state_of_rank(state, parts.device, parts.samplers[0], parts.stream, losses)
-
-
 def save_recovery(
     args: argparse.Namespace,
     parts: Parts,
     state: RunState,
     outputs: Outputs | None,
     losses: Losses,
-    own_state: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint of the epoch in progress; every rank must call it.
-
-    Args:
-        losses: of the epoch.
-        own_state: what `rank_state` returned where the run is to go on, by default here.
+    """Write a checkpoint of the epoch in progress, with its losses; every rank must call it.
 
     Raises:
         TrainingError: a weight is not a finite number, or the file cannot be written.
     """
-    own_state = own_state or rank_state(parts, state, losses)
     check_weights(parts.task, state)
     entry = None
-    if parts.samplers[0] is not None:  # else the run goes on with the next epoch
-        done = state.updates_done
-        entry = state_of_run(args, state, own_state, done, parts.lr_scheduler, parts.optimizer)
+    if parts.sampler is not None:  # else the run goes on with the next epoch
+        entry = _state_of_run(args, parts, state, losses)
     if outputs is not None:
         outputs.entries["run"] = entry
         outputs.saver.save_recovery(state.epoch, batch_idx=state.update)
+
+
+def _state_of_run(
+    args: argparse.Namespace, parts: Parts, state: RunState, losses: Losses | None = None
+) -> dict[str, Any]:
+    own = state_of_rank(state, parts.device, parts.sampler, parts.stream, losses)
+    updates = None if losses is None else state.updates_done
+    return state_of_run(args, state, own, updates, parts.lr_scheduler, parts.optimizer)
 
 
 def save_epoch(
@@ -208,8 +199,7 @@ def save_epoch(
         metrics: of training, of validation, of ResidualDroppath.
         latest: the one by which checkpoints are ranked.
     """
-    own_state = rank_state(parts, state)
-    entry = state_of_run(args, state, own_state, None, parts.lr_scheduler, parts.optimizer)
+    entry = _state_of_run(args, parts, state)
     if outputs is None:
         return
     train_metrics, eval_metrics, rdp_metrics = metrics

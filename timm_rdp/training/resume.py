@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data.loader import MultiEpochsDataLoader
-from torch.utils.data import DataLoader
 
 from timm_rdp.training.batches import (
     DataStream,
-    Replay,
     ResumableSampler,
+    SamplerPass,
+    draw_seed_aside,
     random_state,
     set_random_state,
     update_sizes,
@@ -159,6 +158,7 @@ def state_of_run(
     entry = {
         "updates": updates,
         "batches": state.batches_done,
+        "validated": state.validated,
         "batch_size": args.batch_size,
         "world_size": args.world_size,
         "grad_accum_steps": args.grad_accum_steps,
@@ -211,16 +211,16 @@ def restore_position(
     state: RunState,
     checkpoint: dict[str, Any],
     device: torch.device,
-    loader: Any,
-    samplers: tuple[ResumableSampler | None, ResumableSampler | None],
+    loaders: tuple[Any, Any],
+    sampler: ResumableSampler | None,
     stream: DataStream | None,
 ) -> list[dict]:
-    """Set position, random states and samplers so that the run goes on where it was saved.
+    """Set position, random states and loaders so that the run goes on where it was saved.
 
     Args:
         checkpoint: one for which `is_exact` holds.
-        loader: of the training data.
-        samplers: of the training and of the validation loader.
+        loaders: of training and validation.
+        sampler: that of the training loader.
 
     Returns:
         the averages of the losses so far of the epoch in progress, of this rank or of all that
@@ -229,30 +229,24 @@ def restore_position(
     entry = checkpoint["run"]
     same_world = entry["world_size"] == args.world_size
     own = entry["ranks"][args.rank] if same_world else {}
-    sampler = samplers[0]
     losses: list[dict] = []
-
-    # A loader that keeps its iterator has drawn the seed of its workers in the first epoch.
-    for other in samplers:
-        if other is not None and not other.in_process and args.persistent_workers:
-            other.workers_are_seeded = True
-    inner = getattr(loader, "loader", loader)
-    if isinstance(inner, MultiEpochsDataLoader) and inner.num_workers == 0:
-        inner.iterator = DataLoader.__iter__(inner)
     if entry["updates"] is not None and sampler is not None:
         state.epoch = checkpoint["epoch"]
         state.batches_done, state.updates_done = entry["batches"], entry["updates"]
         same_batches = same_world and entry["batch_size"] == args.batch_size
         if not same_batches or entry["grad_accum_steps"] != args.grad_accum_steps:
-            _convert_position(args, state, entry, len(loader))
+            _convert_position(args, state, entry, len(loaders[0]))
         losses = [own["losses"]] if same_world else [r["losses"] for r in entry["ranks"]]
-        sampler.replay = Replay(state.batches_done)
+        sampler.replay = SamplerPass(None, state.batches_done, deque())
         if same_batches:
             sampler.replay.order = own["order"]
             ahead = own["ahead"] if sampler.in_process else []
-            sampler.replay.states = deque([*ahead, own.get("data_random", own["random"])])
+            sampler.replay.states.extend([*ahead, own.get("data_random", own["random"])])
     if same_world:
         set_random_state(own["random"], device)
+        state.validated = entry.get("validated", True)
+        for loader in loaders if state.validated else loaders[:1]:
+            draw_seed_aside(loader)
         if stream is not None and "data_random" in own:
             stream.state = own["data_random"]
     else:

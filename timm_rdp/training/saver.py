@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from timm import utils
 from timm.task import TrainingTask
@@ -21,17 +21,30 @@ from timm_rdp.errors import TrainingError
 _logger = logging.getLogger("timm_rdp.training")
 
 
-class _NotingFile(io.FileIO):
-    """A file that keeps its error: torch reports that a write failed, but not why."""
+@contextlib.contextmanager
+def _written(what: str, path: str, name: str | None = None) -> Iterator[IO[bytes]]:
+    """A file to write within this context, on the disk at its end, then renamed to `name`.
 
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
+    Raises:
+        TrainingError: `what` cannot be written; there is no new file.
+    """
+    try:
+        with open(path, "wb", 1 << 20) as file:  # torch writes in small pieces
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if name is not None:
+            os.replace(path, name)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        cause: BaseException = error  # torch reports that a write failed, but not why
+        while not isinstance(cause, OSError) and cause.__context__ is not None:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        raise TrainingError(
+            f"{what} cannot be written: {reason}; what was there is intact: make room and --resume"
+        ) from error
 
 
 class Saver(utils.CheckpointSaver):
@@ -57,22 +70,8 @@ class Saver(utils.CheckpointSaver):
         if self.last_is_written:
             return
         # The paths that arrive here are temporary; timm's _replace gives them their name.
-        file = None
-        try:
-            file = _NotingFile(save_path, "wb")
-            with io.BufferedWriter(file, 1 << 20) as buffered:  # torch writes in small pieces
-                super()._save(buffered, epoch, metric)
-                buffered.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                os.unlink(save_path)
-            cause = (file and file.error) or error
-            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-            raise TrainingError(
-                f"the checkpoint of epoch {epoch} cannot be written to {save_path} ({reason}); "
-                "those from before are intact: make room and --resume"
-            ) from error
+        with _written(f"the checkpoint of epoch {epoch} ({save_path})", save_path) as file:
+            super()._save(file, epoch, metric)
 
     def _replace(self, src: str, dst: str) -> None:
         if self.last_is_written:
@@ -123,19 +122,8 @@ def write_atomically(path: str, content: bytes) -> None:
     Raises:
         TrainingError: it cannot be written; the old one is intact.
     """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}; make room there"
-        ) from error
+    with _written(path, f"{path}.tmp", path) as file:
+        file.write(content)
 
 
 class Curves:

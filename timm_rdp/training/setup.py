@@ -1,7 +1,6 @@
 """Everything that a run consists of, built in timm's order."""
 
 import argparse
-import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from torch import nn
 from timm_rdp import ResidualDropPath, from_args
 from timm_rdp.errors import UsageError, refused_with
 from timm_rdp.training.batches import DataStream, ResumableSampler, make_resumable
-from timm_rdp.training.checkpoint import check_weights_files, find_newest, load_ema, resume
+from timm_rdp.training.checkpoint import check_weights_files, find_newest, resume
 from timm_rdp.training.data import Data, create_data
 from timm_rdp.training.dataset import check_data
 from timm_rdp.training.loop import try_batch
@@ -57,7 +56,7 @@ class Parts(NamedTuple):
     rdp: ResidualDropPath | None
     stop: StopSignals
     stream: DataStream | None  # of --data-seed
-    samplers: tuple[ResumableSampler | None, ResumableSampler | None]  # training, validation
+    sampler: ResumableSampler | None  # of the training loader
     checkpoint: dict[str, Any]  # that the run continues; {} for a new one
     resume_epoch: int | None
 
@@ -97,11 +96,11 @@ def set_up(args: argparse.Namespace) -> Parts:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup, ema_device)
         if args.resume:
-            load_ema(args, task, checkpoint)
+            tasks.load_task_ema_checkpoint(task, args.resume)
     _compile_and_distribute(args, task, rdp, device)
 
     stream = None if args.data_seed is None else DataStream(args.data_seed, args.rank, device)
-    samplers = (make_resumable(data.train), make_resumable(data.eval, is_continued=False))
+    sampler = make_resumable(data.train)
     metric = eval_metric(args) if data.eval is not None else "loss"
     updates_per_epoch = -(-len(data.train) // args.grad_accum_steps)
     schedule: dict[str, Any] = scheduler_kwargs(args, decreasing_metric=metric == "loss")
@@ -117,7 +116,7 @@ def set_up(args: argparse.Namespace) -> Parts:
     return Parts(
         device, dtype, autocast, loss_scaler, task, data, data_config, updates_per_epoch,
         metric, optimizer, lr_scheduler, last_epoch, num_epochs, drop_rates, rdp,
-        StopSignals(args.distributed), stream, samplers, checkpoint, resume_epoch,
+        StopSignals(args.distributed), stream, sampler, checkpoint, resume_epoch,
     )  # fmt: skip
 
 
@@ -291,8 +290,8 @@ def _create_optimizer(args: argparse.Namespace, task: tasks.TrainingTask) -> tor
             trained_module(task), **optimizer_kwargs(cfg=args), **args.opt_kwargs
         )
     if utils.is_primary(args):
-        defaults = copy.deepcopy(optimizer.defaults)
-        defaults["weight_decay"] = args.weight_decay  # it is in the groups, not in the defaults
+        # That of the weights is in their groups, not among the defaults.
+        defaults = {**optimizer.defaults, "weight_decay": args.weight_decay}
         listed = ", ".join(f"{k}: {v}" for k, v in defaults.items())
         _logger.info(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {listed}")
     return optimizer

@@ -18,19 +18,13 @@ from timm import utils
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_rdp.errors import TrainingError, UsageError, report
-from timm_rdp.training.batches import load_batches
+from timm_rdp.training.batches import load_batches, random_state, set_random_state
 from timm_rdp.training.data import close_data
 from timm_rdp.training.log import Display, Losses
 from timm_rdp.training.loop import batch_trainer, check_weights, evaluate, train_one_epoch
 from timm_rdp.training.model import evaluated_module, trained_module
 from timm_rdp.training.options import args_text, parse_args
-from timm_rdp.training.outputs import (
-    Outputs,
-    open_outputs,
-    rank_state,
-    save_epoch,
-    save_recovery,
-)
+from timm_rdp.training.outputs import Outputs, open_outputs, save_epoch, save_recovery
 from timm_rdp.training.resume import Stopped, is_exact, restore_position, restore_schedule
 from timm_rdp.training.setup import Parts, set_up
 from timm_rdp.training.state import RunState
@@ -98,7 +92,13 @@ def continue_run(args: argparse.Namespace, parts: Parts) -> tuple[RunState, list
     losses: list[dict] = []
     if is_exact(args, checkpoint):
         losses = restore_position(
-            args, state, checkpoint, parts.device, parts.data.train, parts.samplers, parts.stream
+            args,
+            state,
+            checkpoint,
+            parts.device,
+            (parts.data.train, parts.data.eval),
+            parts.sampler,
+            parts.stream,
         )
     lr_scheduler = parts.lr_scheduler
     restore_schedule(
@@ -195,9 +195,8 @@ def _epochs(
     display: Display,
 ) -> list[dict]:
     """Load, step, log, validate, save, epoch by epoch; returns the metrics of each."""
-    task, lr_scheduler = parts.task, parts.lr_scheduler
+    task, lr_scheduler, results = parts.task, parts.lr_scheduler, []
     train_batch = batch_trainer(args, task, parts.optimizer, parts.autocast, parts.loss_scaler)
-    results = []
     for epoch in range(state.epoch, parts.last_epoch):
         losses = Losses(epoch, parts.rdp, parts.device, args.world_size * args.distributed)
         if losses_so_far:
@@ -227,16 +226,17 @@ def _epochs(
         getattr(parts.optimizer, "sync_lookahead", lambda: None)()
         train_metrics, rdp_metrics = losses.summary()
         _distribute_statistics(args, trained_module(task))
-        latest = None
-        done = epoch + 1
+        latest, done = None, epoch + 1
         if not done % args.val_interval or done in (parts.last_epoch, *(args.save_epochs or ())):
             check_weights(task, state)
-            before_validation = rank_state(parts, state, losses)
+            before_validation = random_state(parts.device)
             try:
                 eval_metrics = _validate(args, parts, display, epoch)
             except Stopped:
-                save_recovery(args, parts, state, outputs, losses, before_validation)
+                set_random_state(before_validation, parts.device)
+                save_recovery(args, parts, state, outputs, losses)
                 raise
+            state.validated = True
             display.end_epoch(state, train_metrics, rdp_metrics, eval_metrics)
             latest = (eval_metrics or train_metrics)[parts.eval_metric]
             metrics = (train_metrics, eval_metrics, rdp_metrics)

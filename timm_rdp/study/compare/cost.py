@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
@@ -59,8 +58,7 @@ def build_on_meta(args: argparse.Namespace) -> tuple[nn.Module, dict, float]:
     The batches of an epoch are its images / --batch-size.
     """
     own = {"pretrained": False, "pretrained_path": None, "initial_checkpoint": ""}
-    own |= {"distributed": False, "rank": 0, "local_rank": 0, "world_size": 1}
-    own |= {"torchscript": False, "prefetcher": not args.no_prefetcher}
+    own |= {"distributed": False, "rank": 0, "world_size": 1, "torchscript": False}
     args = argparse.Namespace(**{**vars(args), **own})
     cpu = torch.device("cpu")
     model_dtype = setup_precision(args, cpu)[0]
@@ -128,14 +126,15 @@ def count_costs(
 
 def _flops(model: nn.Module, images: torch.Tensor) -> int:
     with flop_counter() as counter:
-        outputs = [o for o in tree_leaves(model(images)) if isinstance(o, torch.Tensor)]
-        torch.autograd.backward([output.sum() for output in outputs])
+        model(images).sum().backward()
     model.zero_grad()
     return counter.get_total_flops()
 
 
 def total_epochs(args: argparse.Namespace, epochs: int) -> int:
     """How many epochs a run with --epochs `epochs` takes, warmup and cooldown included."""
+    if args.stop_epoch is not None:
+        return args.stop_epoch
     options = argparse.Namespace(**{**vars(args), "epochs": epochs, "lr": args.lr or 0.1})
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.lr)
     with warnings.catch_warnings(), refused_with(f"--sched {args.sched} with --epochs {epochs}"):

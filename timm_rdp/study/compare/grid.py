@@ -148,6 +148,8 @@ def check_runs(
             f"--rdp-start-epoch {start}: a run has {total} epochs, so that RDP would never begin; "
             "give a smaller one"
         )
+    if options.stop_epoch is not None and MATCHED in variants:
+        raise UsageError(f"--stop-epoch {options.stop_epoch}: leave out {MATCHED}, which goes on")
     check_data(options)
     check_weights_files(options)
     counted = rates if set(variants) != {"plain"} else ()

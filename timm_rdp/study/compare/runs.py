@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from timm_rdp.errors import refused_with
-from timm_rdp.study.compare.cost import total_epochs
 from timm_rdp.training.flags import flag
 from timm_rdp.training.outputs import SUMMARY
 from timm_rdp.training.resume import SIGNALS
@@ -54,7 +53,7 @@ _RAN_AWAY = re.compile(r"error: (the (training|validation) loss is|a weight is n
 _POLL = 0.2  # seconds
 _SIGNALS = (*SIGNALS, signal.SIGHUP)
 # Exit statuses of a run that somebody else stopped, before or after it could save what it has.
-_STOPPED = (0, *(128 + number for number in _SIGNALS), *(-number for number in _SIGNALS))
+_STOPPED = (*(128 + number for number in _SIGNALS), *(-number for number in _SIGNALS))
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,10 @@ class Cell:
 
 @dataclass
 class Training:
-    """A run to do: its folder, its flags beside those of the recipe, how many epochs it takes."""
+    """A run to do: its folder, and its flags beside those of the recipe."""
 
     folder: Path
     flags: list[str]
-    epochs: int
     is_resumed: bool
 
 
@@ -96,16 +94,14 @@ def training_of(
     """What to train for a cell; FOR_RDP of the options go to the RDP variants alone."""
     flags = ["--seed", str(cell.seed), "--data-seed", str(cell.seed)]
     flags += ["--drop-path", str(cell.drop_path or 0.0)]
-    epochs = options.epochs
     if cell.variant == MATCHED:
-        epochs = grid["matched_epochs"][str(cell.drop_path)]
-        flags += ["--epochs", str(epochs)]
+        flags += ["--epochs", str(grid["matched_epochs"][str(cell.drop_path)])]
     if cell.variant in RDP_VARIANTS:
         values = {flag(name): str(getattr(options, name)) for name in FOR_RDP}
         flags += ["--rdp", *chain.from_iterable(values.items())]
     flags += OWN.get(cell.variant, [])
     folder = output / "runs" / cell.name
-    return Training(folder, flags, total_epochs(options, epochs), folder.exists())
+    return Training(folder, flags, folder.exists())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -224,7 +220,7 @@ def _finish(training: Training, code: int, stopped: bool) -> str:
     """Record what became of a run, and say it in a line."""
     folder = training.folder
     status, error, seconds, epochs = DONE, "", None, read_summary(folder)[0]
-    if code or epochs < training.epochs:
+    if code:
         if stopped or code in _STOPPED:
             return f"{folder.name} {INTERRUPTED}"
         log = Path(f"{folder}.log").read_text(errors="replace")

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from timm_rdp.args import Parser, show_defaults
-from timm_rdp.errors import UsageError, refused_with, report
+from timm_rdp.errors import UsageError, report
 from timm_rdp.study import measures
 from timm_rdp.study.features import layers, models, similarity
 from timm_rdp.study.features.report import KINDS, SCORES, Network, write
 from timm_rdp.study.options import at_least, check_installed, check_output
 from timm_rdp.training.flags import COUNT, SEED
+from timm_rdp.training.options import resolve_device
 
 MAX_CHECKPOINTS = 6
 
@@ -67,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         check_installed("matplotlib")
         output = check_output(args.output)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        with refused_with(f"--device {device}"):
-            torch.empty(0, device=device)
+        device = resolve_device(args.device)
         sources = read_sources(args)
         trained = sources[0].settings
         if args.dataset is None:
