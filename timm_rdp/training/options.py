@@ -109,8 +109,7 @@ def args_text(args: argparse.Namespace) -> str:
 
     To be called before anything derived is written into `args` (timm writes the text so).
     """
-    flags = set(vars(build_parser().parse_args([]))) - {"config"}
-    chosen = {name: value for name, value in vars(args).items() if name in flags}
+    chosen = {name: value for name, value in vars(args).items() if name not in ("config", "demo")}
     return yaml.safe_dump(chosen, default_flow_style=False)
 
 
@@ -256,9 +255,6 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UsageError(no_such_model(args.model))
     with refused_with(f"--aa {args.aa}"):
         transforms_imagenet_train(auto_augment=args.aa)
-    backend = args.torchcompile
-    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise UsageError(f"--torchcompile {backend}: no such backend{nearest(backend, known)}")
     low_dtype = args.model_dtype not in (None, "float32")
     mixes, multilabel = mixup_active(args), args.task == "multilabel"
     sizes = "train_batch_sizes" if args.train_batch_sizes else "batch_size"

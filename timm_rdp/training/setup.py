@@ -305,7 +305,8 @@ def _compile_and_distribute(
 ) -> None:
     if args.torchcompile:
         how = {"backend": args.torchcompile, "mode": args.torchcompile_mode}
-        with refused_with(f"--torchcompile-mode {args.torchcompile_mode}"):
+        mode = f" --torchcompile-mode {args.torchcompile_mode}" if args.torchcompile_mode else ""
+        with refused_with(f"--torchcompile {args.torchcompile}{mode}"):
             task.compile(**how) if rdp is None else rdp.compile(**how)
         if task.has_ema():
             task.compile_ema(**how)
