@@ -1054,6 +1054,7 @@ def test_all_variants_start_from_the_initial_checkpoint(stubbed, tmp_path):
     [
         (["--measure", "3"], ("--measure 3", "at least 16")),
         (["--measure", "40", "--dataset", "wds/x"], ("--measure", "--dataset wds/x")),
+        (["--measure", "40", "--split-bn", "--aug-splits", "2"], ("--measure", "--split-bn")),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(more, words, digits_folder, tmp_path, capsys):

@@ -396,6 +396,11 @@ def test_images_of_any_mode_train(coloured, tmp_path, mode, argv, prefetcher):
     run(coloured / mode, tmp_path, *RESNET, *flags)
 
 
+def test_images_of_the_models_own_size_have_the_channels_that_were_asked_for(coloured, tmp_path):
+    flags = ["--in-chans", "1", "--num-classes", "2", "-b", "4", "--epochs", "1"]
+    run(coloured / "L", tmp_path, "--model", "test_vit", *flags)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

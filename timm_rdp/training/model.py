@@ -113,7 +113,8 @@ def build_model(
     if utils.is_primary(args):
         _logger.info(f"Model {safe_model_name(args.model)} created, param count:{count}")
     data_config = resolve_data_config(vars(args), model=model, verbose=utils.is_primary(args))
-    given, channels = len(data_config["mean"]), data_config["input_size"][0]
+    given, channels = len(data_config["mean"]), _channels(args)
+    data_config["input_size"] = (channels, *data_config["input_size"][1:])
     if given != channels:
         # As in timm's prefetcher.
         for name in ("mean", "std"):
@@ -137,8 +138,11 @@ def build_model(
     return model, data_config
 
 
+def _channels(args: argparse.Namespace) -> int:
+    return args.in_chans or (args.input_size[0] if args.input_size else 3)
+
+
 def _create(args: argparse.Namespace) -> nn.Module:
-    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
     overlay = {**args.pretrained_cfg_overlay}
     if args.pretrained_path:
         # num_classes=-1 has timm fit the classifier to ours instead of loading the file's
@@ -151,7 +155,7 @@ def _create(args: argparse.Namespace) -> nn.Module:
             return create_model(
                 args.model,
                 pretrained=args.pretrained,
-                in_chans=in_chans,
+                in_chans=_channels(args),
                 num_classes=args.num_classes,
                 drop_rate=args.drop,
                 drop_path_rate=args.drop_path,

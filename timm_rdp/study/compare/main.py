@@ -88,6 +88,8 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
     options, rate = grids.read_recipe(rest, args.variants)
     rates = args.drop_paths or [rate]
     if args.measure:
+        if options.split_bn:
+            raise UsageError("--measure: a network without --split-bn is measured; leave one out")
         check_chosen(options)
     output = check_output(args.output)
     grid = grids.same_grid(output, options)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.loader import adapt_to_chs
 from timm.layers.drop import DropPath
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
@@ -158,9 +157,7 @@ def build(
     if source.weights is not None:
         check_fit(model, source.weights, f"--checkpoint {source.path}", args.model)
         model.load_state_dict(source.weights)
-    channels = options["in_chans"] or (options["input_size"] or [3])[0]
-    data["input_size"] = (channels, *data["input_size"][1:])
-    data |= {name: adapt_to_chs(data[name], channels) for name in ("mean", "std")}
+    channels = data["input_size"][0]
     mode = trained.get("input_img_mode") or IMG_MODES.get(channels)
     if mode is None:
         raise UsageError(f"--in-chans {channels}: images have 1, 3 or 4; give one of these")
