@@ -26,9 +26,7 @@ class Iteration:
     _part: frozenset[str]
     _controller: Any
     _trained: frozenset[str] | None = field(default=None, init=False)  # once it has been entered
-    _entered_by_user: bool = field(
-        default=False, init=False
-    )  # not by attach() for the user's own batches
+    _entered_by_user: bool = field(default=False, init=False)  # or by attach() for batches again
 
     @property
     def trainable(self) -> frozenset[str]:
