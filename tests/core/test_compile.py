@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compile_helpers import check_same_training, drop_paths, graphs, train
-from core_helpers import batch, buffers_of, changed, loss_of, parameters_of, small_model
+from core_helpers import batch, buffers_of, changed, loss_of, parameters_of, same_bits, small_model
 
 from timm_rdp import ResidualDropPath
 
@@ -69,6 +69,25 @@ def test_inductor_gives_the_updates_of_eager_in_one_graph():
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_gives_the_updates_of_eager_in_one_graph_for_more_models(name):
     check_inductor(name, small=False)
+
+
+def test_a_pause_before_the_backward_pass_leaves_the_gradients():
+    _, (compiled, rdp) = compiled_pair("test_vit")
+    gradients = []
+    for paused in (False, True):
+        it = rdp.iteration()
+        with pytest.raises(KeyError), it:
+            loss = loss_of(compiled, *batch("test_vit"))
+            if paused:
+                with rdp.pause():
+                    compiled(batch("test_vit")[0])
+            loss.backward()
+            gradients.append(
+                {n: p.grad.clone() for n, p in rdp.model.named_parameters() if n in it.trainable}
+            )
+            raise KeyError  # the same iteration comes again
+        compiled.zero_grad()
+    assert it.dropped and same_bits(*gradients)
 
 
 def test_what_the_user_froze_before_compiling_never_trains():
