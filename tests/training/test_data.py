@@ -276,10 +276,14 @@ def test_making_the_loaders_moves_no_random_state(digits_folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def classes(args):
+    return len(loaders(args).train.dataset.reader.class_to_idx)
+
+
 def test_without_a_validation_split_there_is_no_eval_loader(digits_folder):
     args = options(digits_folder, "--val-split", "")
     check_data(args)
-    assert loaders(args).eval is None
+    assert loaders(args).eval is None and classes(args) == 10
 
 
 @pytest.mark.parametrize("names", [("training", "valid"), ("train", "val"), ("train", "eval")])
@@ -289,21 +293,21 @@ def test_splits_are_found_under_all_of_timms_names(digits_folder, tmp_path, name
     args = options(tmp_path)
     check_data(args)
     data = loaders(args)
-    assert (len(data.train.dataset), len(data.eval.dataset)) == (80, 40)
+    assert (len(data.train.dataset), len(data.eval.dataset)) == (80, 40) and classes(args) == 10
 
 
 def test_a_folder_without_splits_is_used_for_both_as_timm_does_and_says_so(digits_folder, caplog):
     args = options(digits_folder / "train")
     check_data(args)
     assert "validation sees the images of training" in caplog.text
-    assert len(loaders(args).eval.dataset) == 80
+    assert len(loaders(args).eval.dataset) == 80 and classes(args) == 10
 
 
 def test_a_class_map_decides_the_classes(digits_folder, tmp_path):
     (tmp_path / "map.txt").write_text("3\n5\n")
     args = options(digits_folder, "--class-map", str(tmp_path / "map.txt"), "--num-classes", "2")
     check_data(args)
-    assert len(loaders(args).train.dataset) == 16
+    assert len(loaders(args).train.dataset) == 16 and classes(args) == 2
 
 
 def test_data_folder_that_is_missing_or_empty_is_named(tmp_path, refused):
