@@ -153,9 +153,10 @@ def train_rank(rank, size, name, kind):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_regions_give_the_updates_of_eager_mode(name, device):
+    # In float32 the last bits of batch norm's statistics grow to 0.01 within these six cycles.
     ends = []
     for compiled in (False, True):
-        model = small_model(name).to(device)
+        model = small_model(name).to(device, torch.float64)
         rdp = ResidualDropPath(model, seed=1)
         if compiled:
             rdp.compile()
@@ -163,13 +164,14 @@ def test_regions_give_the_updates_of_eager_mode(name, device):
         for cycle in range(6):
             for it in rdp.cycle():
                 before = parameters_of(model)
+                images, labels = batch(device, name, 8 * cycle)
                 with it:
-                    loss_of(model, *batch(device, name, 8 * cycle)).backward()
+                    loss_of(model, images.double(), labels).backward()
                     optimizer.step()
                     optimizer.zero_grad()
                 assert changed(before, parameters_of(model)) <= it.trainable
         ends.append(parameters_of(model))
-    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
 def test_cuda_graphs_are_refused(device):
