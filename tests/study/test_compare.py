@@ -1017,6 +1017,8 @@ def test_runs_are_measured_from_their_checkpoints_once(
     curve = [row for row in read(output / "removal.csv") if row["variant"] == "rdp"]
     assert [row["paths_removed"] for row in curve] == [str(k) for k in range(13)]
     assert (output / "removal.png").stat().st_size > 5000
+    colours = [look["color"] for look in compare_report.LOOKS.values()]
+    assert len({*colours}) == len(colours)
     # FLOPs of a network that has no such blocks at all, counted by torch.
     flops = {}
     for depth in (0, 3, 6):

@@ -22,6 +22,7 @@ WIDTH = 8.0  # inches; at DPI this is the width of a README column
 DPI = 110
 MARKERS = "os^DvPX*<>"
 TONES = ("#14386b", "#e8705a", "#5fa8a0", "#b0a030", "#7a4a8c", "#8a8a8a")
+TONES += ("#3f8fd0", "#4d8b31", "#d0559b", "#8b5a2b")
 
 
 def new_figure(height: float, width: float = WIDTH, title: str = "") -> "Figure":

@@ -32,7 +32,7 @@ COMPUTE = {
     "relative_flops": "FLOPs of the run, droppath = 1",
     **{"flops": "FLOPs of the run", "epochs": "epochs"},
 }
-_TONES = (5, 1, 2, 3, 0, 4, 1, 3, 4, 2)
+_TONES = (5, 1, 2, 3, 0, 4, 6, 7, 8, 9)
 LOOKS: dict[str, dict[str, Any]] = {
     variant: {"color": figures.TONES[tone], "marker": marker}
     for variant, tone, marker in zip(VARIANTS, _TONES, figures.MARKERS, strict=True)
