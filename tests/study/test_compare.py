@@ -988,6 +988,12 @@ def test_a_lower_loss_is_better(stubbed, capsys, monkeypatch):
     assert "| loss |" in (stubbed.output / "table.md").read_text()
 
 
+def test_every_variant_has_a_colour_and_a_marker_of_its_own() -> None:
+    looks = compare_report.LOOKS.values()
+    for kind in ("color", "marker"):
+        assert len({look[kind] for look in looks}) == len(looks)
+
+
 # Measures
 
 
@@ -1017,8 +1023,6 @@ def test_runs_are_measured_from_their_checkpoints_once(
     curve = [row for row in read(output / "removal.csv") if row["variant"] == "rdp"]
     assert [row["paths_removed"] for row in curve] == [str(k) for k in range(13)]
     assert (output / "removal.png").stat().st_size > 5000
-    colours = [look["color"] for look in compare_report.LOOKS.values()]
-    assert len({*colours}) == len(colours)
     # FLOPs of a network that has no such blocks at all, counted by torch.
     flops = {}
     for depth in (0, 3, 6):
