@@ -67,3 +67,17 @@ def test_what_the_page_says_of_the_registered_runs_is_what_their_tables_give(reg
     assert text == (folder / "registered.md").read_text()
     table = text.split("\n\n")[1]
     assert table in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_what_is_said_of_statistics_estimated_anew_is_what_their_table_gives():
+    folder = ROOT / "benchmarks" / "results" / "removed_statistics"
+    page = (ROOT / "docs" / "results.md").read_text()
+    said, page = (" ".join(t.split()) for t in ((folder / "README.md").read_text(), page))
+    with open(folder / "statistics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for variant in ("rdp", "droppath-matched", "droppath-batch"):
+        own = [row for row in rows if row["run"].startswith(f"{variant}-0.3-seed")]
+        names = ("area_drawn", "area_drawn_anew")
+        kept, anew = (statistics.mean(float(row[name]) for row in own) for name in names)
+        assert f"| {variant} | {len(own)} | {kept:.3f} | {anew:.3f} |" in said
+        assert variant != "rdp" or f"area goes from {kept:.3f} to {anew:.3f} with RDP" in page

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from timm.data.transforms_factory import create_transform
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -47,13 +48,18 @@ def read_measures(folder: Path, count: int) -> dict[str, Any]:
         return found if found["asked"] == count else {}
 
 
-def _measure_run(folder: Path, count: int, device: str) -> dict[str, Any]:
+def rebuild(folder: Path) -> tuple[argparse.Namespace, nn.Module, dict[str, Any], str]:
+    """A finished run's options, network in eval mode, timm's data config and mode of images."""
     trained = yaml.safe_load((folder / "args.yaml").read_text())
     args = argparse.Namespace(**vars(build_parser().parse_args([])) | trained)
     is_averaged = args.model_ema and not args.model_ema_force_cpu  # as it was validated
     source = models.read_source(str(folder / "last.pth.tar"), args.model, is_averaged, folder.name)
     asked = dict(model=args.model, pretrained=False, num_classes=None, img_size=None, in_chans=None)
-    model, data, mode = models.build(argparse.Namespace(**asked), source, args.num_classes or 0)
+    return args, *models.build(argparse.Namespace(**asked), source, args.num_classes or 0)
+
+
+def _measure_run(folder: Path, count: int, device: str) -> dict[str, Any]:
+    args, model, data, mode = rebuild(folder)
     dataset = make_dataset(args, mode, is_training=False)
     dataset.transform = create_transform(**data)
     images = models.draw(dataset, count, 0)
