@@ -30,7 +30,10 @@ COLUMNS = ("run", *measured.AREAS, *(f"{name}_anew" for name in measured.AREAS))
 
 
 def estimate(model: nn.Module, batches: list[Tensor]) -> None:
-    """Give every BatchNorm the mean of the batches' statistics; nothing else is trained."""
+    """Give every BatchNorm the mean of the batches' statistics; nothing else is trained.
+
+    torch.optim.swa_utils.update_bn puts the whole model in train mode, so that DropPaths drop.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -51,6 +54,7 @@ def areas(folder: Path) -> list[float]:
         dataset = make_dataset(args, mode, is_training=is_training)
         dataset.transform = create_transform(**data)
         batches[is_training] = list(DataLoader(models.draw(dataset, count, 0), BATCH))
+    scored = sum(len(y) for _, y in batches[False])
     paths = models.find_paths(args.model, model, data["input_size"])
     removed = {}
     for k, subsets in measures.subsets(len(paths), len(paths)).items():
@@ -59,7 +63,7 @@ def areas(folder: Path) -> list[float]:
             with dropped(model, *(paths[i] for i in subset)):
                 estimate(model, [x for x, _ in batches[True]])
                 correct = sum((model(x).argmax(1) == y).sum().item() for x, y in batches[False])
-            removed[k].append(correct / SCORED)
+            removed[k].append(correct / scored)
     return [measures.area(removed, columns) for columns in (slice(1), slice(1, None))]
 
 
@@ -75,11 +79,13 @@ def main() -> None:
     if args.output.exists():
         with open(args.output, newline="") as file:
             done = {row["run"] for row in csv.DictReader(file)}
+    kept = {folder: measured.read_measures(folder, SCORED) for folder in args.runs}
+    if missing := [str(folder) for folder, found in kept.items() if not found]:
+        parser.error(f"not measured with --measure {SCORED}: {', '.join(missing)}")
     for folder in args.runs:
         if folder.name in done:
             continue
-        kept = measured.read_measures(folder.parent / folder.name, SCORED)
-        row = [folder.name, *(kept[name] for name in measured.AREAS), *areas(folder)]
+        row = [folder.name, *(kept[folder][name] for name in measured.AREAS), *areas(folder)]
         with open(args.output, "a", newline="") as file:
             writer = csv.writer(file)
             if not file.tell():
